@@ -1,0 +1,121 @@
+"""The mathematics of preference alignment in pure functions: tensors in, tensors out, no model and no state.
+
+Sequence quantities are sums over tokens, in nats. Everything is computed in fp32 whatever comes in.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def token_log_probs(logits: Tensor, token_ids: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """log softmax(logits / temperature) at the given tokens.
+
+    Args:
+        logits: (…, V), any floating type.
+        token_ids: (…) integers in [0, V).
+        temperature: positive.
+
+    Returns:
+        (…) fp32 log-probabilities, with gradient.
+    """
+    logits = logits.float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    flat = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), token_ids.reshape(-1), reduction="none")
+    return -flat.view(token_ids.shape)
+
+
+def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Entropy in nats of softmax(logits / temperature): (…, V) → (…) fp32."""
+    log_probs = torch.log_softmax(logits.float() / temperature, dim=-1)
+    return -(log_probs.exp() * log_probs).sum(-1)
+
+
+def sequence_sum(values: Tensor, mask: Tensor) -> Tensor:
+    """Sum over the real tokens of each row: (R, T), (R, T) → (R,) fp32."""
+    return (values.float() * mask).sum(-1)
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over all real tokens: a scalar; 0 where the mask is empty."""
+    return (values.float() * mask).sum() / mask.sum().clamp(min=1)
+
+
+def bradley_terry_loss(
+    chosen: Tensor, rejected: Tensor, *, margin: Tensor | None = None, centre: float = 0.0
+) -> Tensor:
+    """Negative log-likelihood of the preferences under Bradley–Terry, per pair.
+
+    −log σ(r_w − r_l − m) + c·(r_w + r_l)²; the margin is that of Llama 2 (Touvron et al. 2023, eq. 2), the centring
+    term that of Eisenstein et al. (2023, eq. 3), which fixes the scores' free constant near 0.
+
+    Args:
+        chosen: (B,) scores r_w.
+        rejected: (B,) scores r_l.
+        margin: (B,) m ≥ 0, or None.
+        centre: c ≥ 0.
+
+    Returns:
+        (B,) fp32 losses.
+    """
+    chosen, rejected = chosen.float(), rejected.float()
+    difference = chosen - rejected if margin is None else chosen - rejected - margin
+    loss = -F.logsigmoid(difference)
+    return loss + centre * (chosen + rejected) ** 2 if centre else loss
+
+
+def dpo_loss(
+    chosen_log_probs: Tensor,
+    rejected_log_probs: Tensor,
+    chosen_reference: Tensor,
+    rejected_reference: Tensor,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """The sigmoid DPO loss, per pair (Rafailov et al. 2023, eq. 7; label smoothing: Mitchell 2023, cDPO).
+
+    −(1−ε) log σ(βΔ) − ε log σ(−βΔ) with Δ = (log π/π_ref)(y_w) − (log π/π_ref)(y_l).
+
+    Args:
+        chosen_log_probs: (B,) log π(y_w | x), summed over tokens.
+        rejected_log_probs: (B,) log π(y_l | x).
+        chosen_reference: (B,) log π_ref(y_w | x).
+        rejected_reference: (B,) log π_ref(y_l | x).
+        beta: strength of the pull to the reference, in reward units a nat.
+        label_smoothing: ε in [0, 0.5), the assumed share of flipped labels.
+
+    Returns:
+        (B,) fp32 losses; ln 2 where the policy is the reference.
+    """
+    delta = (chosen_log_probs.float() - chosen_reference) - (rejected_log_probs.float() - rejected_reference)
+    return -(1 - label_smoothing) * F.logsigmoid(beta * delta) - label_smoothing * F.logsigmoid(-beta * delta)
+
+
+def kl_estimate(log_probs: Tensor, reference: Tensor, estimator: Literal["k1", "k2", "k3"] = "k1") -> Tensor:
+    """Estimates of KL(π‖π_ref) from samples of π, elementwise (Schulman 2020, "Approximating KL divergence").
+
+    With ρ = log π − log π_ref: k1 = ρ (unbiased, can be negative), k2 = ρ²/2 (biased, never negative),
+    k3 = e^{−ρ} − 1 + ρ (unbiased, never negative). In nats.
+
+    Args:
+        log_probs: log π of the sampled tokens, any shape.
+        reference: log π_ref of the same tokens.
+        estimator: which of the three.
+
+    Returns:
+        fp32, the shape of the inputs.
+    """
+    log_ratio = log_probs.float() - reference.float()
+    if estimator == "k1":
+        return log_ratio
+    if estimator == "k2":
+        return log_ratio**2 / 2
+    if estimator == "k3":
+        return torch.exp(-log_ratio) - 1 + log_ratio
+    raise ValueError(f"estimator must be 'k1', 'k2' or 'k3', not {estimator!r}")
