@@ -1,4 +1,4 @@
-"""YAML -> typed dataclass -> ``key=value`` overrides; every mistake is found before anything runs and all are shown at once.
+"""YAML -> typed dataclass -> ``key=value`` overrides; all mistakes are found before anything runs and shown at once.
 
 A configuration is a pydantic dataclass, ``@config class SFTConfig(StageConfig)``. Its fields are ``pydantic.Field``,
 each with a description, which ``--help`` prints. Combinations that cannot be are reported by ``problems()``.
@@ -166,7 +166,7 @@ def split_overrides(items: list[str]) -> list[tuple[str, str]]:
 
 
 def override(cls: type, values: dict[str, Any], key: str, text: str) -> None:
-    """Set ``values[key]`` from the command line: ``text`` stays as it is for a text field and is read as YAML elsewhere."""
+    """Set ``values[key]`` from the command line: as it stands for a text field, read as YAML for the others."""
     name, _, inner = key.partition(".")
     info = fields_of(cls).get(name)
     if inner:

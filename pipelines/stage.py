@@ -245,7 +245,7 @@ def execute(function: Callable, config: Any, *, recipe: str = "", force: bool = 
     made = None if force else finished(function, config)
     if made is not None:
         return made["metrics"]
-    with _prepared(function, config, folder, recipe) as (work, record):
+    with _prepared(function, config, folder, recipe, force) as (work, record):
         metrics = function(dataclasses.replace(config, output_dir=str(work)))
         _finish(work, folder, record, metrics)
     return metrics
@@ -265,7 +265,7 @@ def _execute_together(function: Callable, config: Any, folder: Path, recipe: str
                 made = None if force else finished(function, config)
                 verdict[1] = made and made["metrics"]
                 if made is None:
-                    _, record = stack.enter_context(_prepared(function, config, folder, recipe))
+                    _, record = stack.enter_context(_prepared(function, config, folder, recipe, force))
             except UserError as error:
                 verdict[0] = [dataclasses.astuple(p) for p in error.problems]
         broadcast_object_list(verdict)
@@ -283,7 +283,9 @@ def _execute_together(function: Callable, config: Any, folder: Path, recipe: str
 
 
 @contextlib.contextmanager
-def _prepared(function: Callable, config: Any, folder: Path, recipe: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+def _prepared(
+    function: Callable, config: Any, folder: Path, recipe: str, force: bool
+) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Hold the lock and an open working folder; a mistake found before any work was done leaves nothing behind."""
     digest, inputs = fingerprint(function, config)
     _refuse_foreign(folder, stage_name(function))
@@ -292,7 +294,7 @@ def _prepared(function: Callable, config: Any, folder: Path, recipe: str) -> Ite
         with plain_os_errors(folder), locked(folder):
             work = working_folder(folder)
             before = read_stage(work)
-            if before is None or before["fingerprint"] != digest:
+            if force or before is None or before["fingerprint"] != digest:
                 shutil.rmtree(work, ignore_errors=True)
             fresh = not work.exists()
             work.mkdir(exist_ok=True)

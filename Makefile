@@ -1,0 +1,66 @@
+# Everything runs in .venv, which `make install` makes; every target makes what it needs and is quick when there is nothing to do.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUN ?= runs/demo
+CHAIN ?= demo
+ARGS ?=
+
+# No telemetry, and nothing asks the network once the packages are there.
+export HF_HUB_DISABLE_TELEMETRY := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+STAGES := corpus tokenizer sft preferences reward ppo dpo evaluate
+
+.PHONY: help install demo test test-slow lint format bench report results clean $(STAGES)
+.DEFAULT_GOAL := help
+
+help: ## show this
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@echo "  make STAGE        bring one stage of the chain $(CHAIN) up to date: $(STAGES)"
+	@echo "  variables: CHAIN=$(CHAIN) RUN=$(RUN) ARGS='stage.key=value …' PYTHON=$(PYTHON)"
+
+install: $(STAMP) ## make .venv with every pinned package and genalign in it
+
+# torch first and by its exact version: a looser range would fetch gigabytes of CUDA packages.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: PYTHON=$(PYTHON): older than 3.11; give PYTHON=python3.11"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing pinned packages into $(VENV) (once, 1 to 3 minutes) …"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[images,dev]'
+	@touch $@
+
+demo: $(STAMP) ## corpus -> tokenizer -> SFT -> preferences -> reward model -> PPO -> DPO -> evaluation -> report
+	@$(BIN)/genalign run demo $(ARGS)
+
+$(STAGES): $(STAMP)
+	@$(BIN)/genalign run $(CHAIN) --output_dir $(RUN) --until $@ $(ARGS)
+
+report: $(STAMP) ## write $(RUN)/report.html anew
+	@$(BIN)/genalign report $(RUN)
+
+test: $(STAMP) ## lint and the test suite (under 8 minutes on 2 cores)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(STAMP) ## the tests marked slow
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+lint: $(STAMP) ## ruff
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: $(STAMP) ## ruff, mending
+	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+bench: $(STAMP) ## side-by-side timings, written to benchmarks/results
+	@for file in benchmarks/*.py; do echo "== $$file"; HF_HUB_OFFLINE=1 $(BIN)/python $$file || exit 1; done
+
+results: $(STAMP) ## copy the demo's metrics to docs/results and rewrite the README's table from them
+	@mkdir -p docs/results && cp $(RUN)/metrics.json docs/results/demo.json
+	@$(BIN)/python -m pipelines.reporting.readme docs/results/demo.json README.md
+
+clean: ## remove runs and caches, keep .venv
+	rm -rf runs .pytest_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,121 @@
+"""The ``genalign`` command: list, run, report, push, doctor."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+import pipelines
+from pipelines.errors import UserError
+from pipelines.recipe import guarded
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="genalign", description="Align encoder-decoder models; measure honestly.")
+    parser.add_argument("--version", action="version", version=f"genalign {pipelines.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    commands.add_parser("list", help="show every chain and every recipe").set_defaults(action=_list)
+
+    run = commands.add_parser(
+        "run",
+        help="bring a chain up to date",
+        description="Bring a chain up to date: finished stages are kept unless something that decides them changed.",
+    )
+    run.add_argument("chain", help="name of a chain (see genalign list) or path of its YAML file")
+    run.add_argument(
+        "overrides", nargs="*", metavar="[stage.]key=value", help="fields; without a stage, of every stage"
+    )
+    run.add_argument("--output_dir", help="the run's folder (default runs/NAME)")
+    run.add_argument("--force", action="append", default=[], metavar="STAGE", help="run this stage again (repeatable)")
+    run.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    run.add_argument("--launcher", choices=["accelerate"], help="start each stage through accelerate launch")
+    run.add_argument("--config_file", metavar="FILE.yaml", help="accelerate's configuration, for --launcher accelerate")
+    run.set_defaults(action=_run)
+
+    report = commands.add_parser("report", help="write DIR/report.html anew")
+    report.add_argument("run_dir", metavar="DIR", help="a run's folder")
+    report.set_defaults(action=_report)
+
+    push = commands.add_parser("push", help="write a stage's model card and push the stage to the Hub")
+    push.add_argument("stage_dir", metavar="DIR/STAGE", help="a finished stage's folder")
+    push.add_argument("--repo_id", required=True, help="owner/name on the Hub")
+    push.add_argument("--private", action="store_true", help="create the repository as a private one")
+    push.set_defaults(action=_push)
+
+    doctor = commands.add_parser("doctor", help="versions, devices, precision, threads, disk, and what is off")
+    doctor.set_defaults(action=_doctor)
+    return parser
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    from pipelines.runner import Chain, list_chains, list_recipes
+
+    print("chains (genalign run NAME):")
+    for name, about, file in list_chains():
+        print(f"  {name:<22} {about}")
+        print(f"  {'':<22} {' -> '.join(Chain.load(file).stages)}")
+    print("\nrecipes (accelerate launch recipes/NAME.py --help):")
+    for name, recipe in list_recipes():
+        print(f"  {name:<28} {recipe.summary}")
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from pipelines.runner import Chain, accelerate_launch, run
+
+    if arguments.config_file and not arguments.launcher:
+        raise UserError("--config_file", arguments.config_file, "says how to launch", "add --launcher accelerate")
+    if arguments.config_file and not Path(arguments.config_file).is_file():
+        raise UserError("--config_file", arguments.config_file, "no such file", "see the folder accelerate_configs")
+    chain = Chain.load(arguments.chain)
+    run_dir = Path(arguments.output_dir).expanduser() if arguments.output_dir else Path("runs") / chain.name
+    run(
+        chain,
+        run_dir,
+        arguments.overrides,
+        force=arguments.force,
+        until=arguments.until,
+        launcher=accelerate_launch(arguments.config_file) if arguments.launcher else None,
+        command=shlex.join(["genalign", *sys.argv[1:]]),
+    )
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from pipelines.runner import RUN_FILE
+
+    run_dir = Path(arguments.run_dir).expanduser()
+    if not (run_dir / RUN_FILE).is_file():
+        raise UserError("DIR", run_dir, f"is not a run's folder (no {RUN_FILE})", "give the folder of genalign run")
+    from pipelines.reporting.report import write_report
+
+    print(write_report(run_dir))
+
+
+def _push(arguments: argparse.Namespace) -> None:
+    from pipelines.publish import push
+
+    print(push(Path(arguments.stage_dir).expanduser(), arguments.repo_id, private=arguments.private))
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from pipelines.doctor import examine
+
+    print(examine())
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point; exits with 0, 2 for a user's mistake, 130 when interrupted."""
+    parser = _parser()
+    # argparse gives a subcommand's overrides up at the first option; those that come after it are picked up here.
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (arguments.command != "run" or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    raise SystemExit(guarded(lambda: arguments.action(arguments)))
+
+
+if __name__ == "__main__":
+    main()
