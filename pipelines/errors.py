@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 _LONGEST_VALUE = 200
@@ -28,8 +29,7 @@ class Problem:
     mend: str
 
     def __str__(self) -> str:
-        shown = self.value if isinstance(self.value, str) else repr(self.value)
-        shown = _one_line(shown)
+        shown = _one_line(str(self.value) if isinstance(self.value, (str, os.PathLike)) else repr(self.value))
         if len(shown) > _LONGEST_VALUE:
             shown = shown[: _LONGEST_VALUE - 1] + "…"
         return f"{self.what}={shown}: {_one_line(self.problem)}; {_one_line(self.mend)}"
