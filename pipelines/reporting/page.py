@@ -1,0 +1,75 @@
+"""The building blocks of a page: sections, figures with captions, folded parts. Every plain text is escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from markupsafe import Markup
+
+from pipelines.reporting.run import Run
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of the report.
+
+    Args:
+        key: its anchor, unique on the page.
+        title: its heading.
+        body: its content.
+        lead: one or two sentences under the heading, plain text.
+        stages: names of the stages it shows; a stage that no section shows gets a plain one.
+    """
+
+    key: str
+    title: str
+    body: Markup
+    lead: str = ""
+    stages: frozenset[str] = field(default_factory=frozenset)
+
+
+class SectionWriter(Protocol):
+    """Makes one section from a run, or None when the run has nothing for it. A family adds its own to ``SECTIONS``."""
+
+    def __call__(self, run: Run) -> Section | None: ...
+
+
+def join(parts: Iterable[Markup]) -> Markup:
+    """The parts, one after the other."""
+    return Markup("\n").join(parts)
+
+
+def figure(svg: str, caption: str, title: str = "") -> Markup:
+    """A figure with its caption.
+
+    Args:
+        svg: SVG as ``plots.svg`` writes it (its texts are escaped there).
+        caption: one line that says what to see.
+        title: a short heading above it.
+    """
+    heading = Markup("<h4>{}</h4>").format(title) if title else Markup("")
+    return Markup("<figure>{}{}<figcaption>{}</figcaption></figure>").format(heading, Markup(svg), caption)
+
+
+def figures(parts: Iterable[Markup]) -> Markup:
+    """Figures side by side where there is room."""
+    parts = list(parts)
+    return Markup('<div class="figures">{}</div>').format(join(parts)) if parts else Markup("")
+
+
+def folded(summary: str, body: Markup, note: str = "") -> Markup:
+    """A part that is shown when one asks for it."""
+    small = Markup(" <small>{}</small>").format(note) if note else Markup("")
+    return Markup("<details><summary>{}{}</summary>{}</details>").format(summary, small, body)
+
+
+def heading(text: str) -> Markup:
+    """A heading inside a section."""
+    return Markup("<h3>{}</h3>").format(text)
+
+
+def paragraph(text: str, css: str = "") -> Markup:
+    """A paragraph of plain text."""
+    return Markup('<p class="{}">{}</p>').format(css, text) if css else Markup("<p>{}</p>").format(text)

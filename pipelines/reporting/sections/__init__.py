@@ -1,0 +1,14 @@
+"""The sections of the report, in the order in which they stand on the page.
+
+Each is a function ``(run) -> Section | None`` in a file of its own; a family adds its functions to ``SECTIONS``.
+"""
+
+from pipelines.reporting.page import SectionWriter
+from pipelines.reporting.sections.curves import learning_curves
+from pipelines.reporting.sections.data import data
+from pipelines.reporting.sections.examples import examples
+from pipelines.reporting.sections.ppo import ppo
+from pipelines.reporting.sections.results import results
+from pipelines.reporting.sections.reward import reward_model
+
+SECTIONS: tuple[SectionWriter, ...] = (results, examples, ppo, reward_model, learning_curves, data)

@@ -1,0 +1,212 @@
+"""A run folder with invented numbers, written in the same files and forms as the stages write."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+RECIPES = {
+    "corpus": "summarization/corpus",
+    "tokenizer": "summarization/tokenizer",
+    "sft": "summarization/sft",
+    "preferences": "summarization/preferences",
+    "reward": "summarization/reward",
+    "ppo": "summarization/ppo",
+    "dpo": "summarization/dpo",
+    "evaluate": "summarization/evaluate",
+}
+VERSIONS = {"genalign": "0.1.0", "python": "3.11.2", "torch": "2.13.0", "transformers": "5.23.0", "trl": "1.16.0"}
+BASELINES = ("lead1", "name", "qualified_name", "random_summary")
+HOSTILE = "Returns <script>alert('x')</script> & the <b>bold</b> value | of {{ 7 * 7 }}."
+DOCUMENT = """pandas.core.reshape.concat.concatenate_block_managers_with_a_rather_long_name_here(frames, axis=0)
+def concatenate_block_managers(frames, axis=0, *, join="outer", ignore_index=False):
+    if not frames:
+        raise ValueError("No objects to concatenate")
+    return _Concatenator(frames, axis=axis, join=join, ignore_index=ignore_index).get_result()  # & <done>
+"""
+
+
+def write(path: Path, value: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+def mean(key: str, value: float, half: float) -> dict[str, float]:
+    return {key: value, f"{key}_ci_low": value - half, f"{key}_ci_high": value + half}
+
+
+def evaluation() -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    scores = {
+        "lead1": 20.3,
+        "name": 24.1,
+        "qualified_name": 23.2,
+        "random_summary": 11.9,
+        "sft": 26.4,
+        "ppo": 27.3,
+        "dpo": 27.0,
+    }
+    for system, rouge in scores.items():
+        metrics |= mean(f"{system}/rouge1", rouge, 0.9) | mean(f"{system}/rouge2", rouge / 3, 0.7)
+        metrics |= mean(f"{system}/rougeL", rouge - 1.5, 0.9) | mean(f"{system}/rougeLsum", rouge - 1.4, 0.9)
+        metrics |= mean(f"{system}/length", 8.2 + rouge / 20, 0.3) | mean(f"{system}/gold", rouge * 0.8, 0.8)
+        metrics |= mean(f"{system}/novel_bigrams", 0.71, 0.02) | mean(f"{system}/repetition", 0.021, 0.004)
+    for system, proxy in (("sft", -0.12), ("ppo", 0.88), ("dpo", 0.41)):
+        metrics |= mean(f"{system}/proxy", proxy, 0.08)
+    metrics |= mean("ppo/gold_win_rate", 0.563, 0.041) | mean("dpo/gold_win_rate", 0.524, 0.043)
+    return metrics | mean("ppo/kl", 3.42, 0.3) | mean("dpo/kl", 11.9, 0.8)
+
+
+def ppo_history(rollouts: int, rng: random.Random) -> list[dict]:
+    """Proxy reward that goes on rising while gold rises and then falls: over-optimisation."""
+    history, coefficient = [], 0.05
+    for n in range(1, rollouts + 1):
+        t = n / rollouts
+        kl = max(0.0, 6 * t**0.8 + rng.gauss(0, 0.3))
+        coefficient *= 1.01 if kl > 4 else 0.995
+        history.append(
+            {
+                "step": 4 * n,
+                "objective/proxy_reward": 1.4 * t**0.6 + rng.gauss(0, 0.12),
+                "objective/gold": 20 + 6 * t - 9 * t * t + rng.gauss(0, 0.6),
+                "objective/kl": kl,
+                "objective/kl_coefficient": coefficient,
+                "objective/entropy": 30 - 12 * t + rng.gauss(0, 1),
+                "objective/length": 9 + 3 * t + rng.gauss(0, 0.4),
+                "policy/clip_fraction": 0.05 + 0.05 * t + rng.gauss(0, 0.01),
+                "value/explained_variance": 0.8 * (1 - 2.7 ** (-6 * t)) + rng.gauss(0, 0.04),
+            }
+        )
+    return history
+
+
+def loss_history(steps: int, start: float, end: float, rng: random.Random, *, preference: bool = False) -> list[dict]:
+    history = []
+    for step in range(10, steps + 1, 10):
+        t = step / steps
+        entry = {"step": step, "epoch": 3 * t, "loss": end + (start - end) * 2.7 ** (-4 * t) + rng.gauss(0, 0.05)}
+        if preference:
+            entry |= {"rewards/accuracies": 0.5 + 0.15 * t + rng.gauss(0, 0.03), "rewards/margins": 0.6 * t}
+        history.append(entry)
+        if step % (steps // 8) < 10:
+            entry = {"step": step, "eval_loss": end + 0.1 + (start - end) * 2.7 ** (-4 * t)}
+            if preference:
+                entry |= {"eval_rewards/accuracies": 0.5 + 0.1 * t, "eval_rewards/margins": 0.4 * t}
+            history.append(entry)
+    return history
+
+
+def predictions(count: int, rng: random.Random) -> list[dict]:
+    words = [
+        "Return",
+        "compute",
+        "the",
+        "a",
+        "of",
+        "array",
+        "index",
+        "frame",
+        "parse",
+        "config",
+        "value",
+        "from",
+        "given",
+        "path",
+        "and",
+        "options",
+        "object",
+    ]
+    rows = []
+    for n in range(count):
+        texts = {
+            s: " ".join(rng.choice(words) for _ in range(rng.randint(4, 12))) + "."
+            for s in (*BASELINES, "sft", "ppo", "dpo")
+        }
+        rows.append(
+            {
+                "id": f"test-{n}",
+                "name": f"pandas.core.reshape.concat.concatenate_block_{n}",
+                "document": DOCUMENT,
+                "references": ["Concatenate block managers into one.", "Joins managers <i>along</i> an axis."],
+                "outputs": texts,
+                "gold": {s: rng.uniform(5, 50) for s in texts},
+                "proxy": {s: rng.gauss(0, 1) for s in ("sft", "ppo", "dpo")},
+            }
+        )
+    return rows
+
+
+def write_stage(folder: Path, name: str, metrics: dict[str, float], **changes: object) -> None:
+    config = {
+        "output_dir": str(folder / name),
+        "seed": 7,
+        "learning_rate": 1e-3,
+        "dataset": "pydocs",
+        "prefix": "",
+        "limits": [1, 2],
+    }
+    record = {
+        "stage": f"seq2seq.{name}.{name}",
+        "recipe": RECIPES.get(name, ""),
+        "state": "finished",
+        "config": config,
+        "fingerprint": "0123456789abcdef" * 4,
+        "inputs": {"dataset": "fedcba9876543210" * 4},
+        "versions": VERSIONS,
+        "seed": 7,
+        "duration_seconds": 75.3,
+        "metrics": metrics,
+    }
+    write(folder / name / "stage.json", record | changes)
+
+
+def write_run(folder: Path, *, rollouts: int = 150, examples: int = 60, hostile: bool = True) -> Path:
+    """Writes a finished run of the whole chain and returns its folder.
+
+    Args:
+        folder: where.
+        rollouts: how many PPO logged.
+        examples: held-out documents.
+        hostile: whether model texts hold markup.
+    """
+    rng = random.Random(0)
+    metrics = {
+        "corpus": {"corpus/train": 16213, "corpus/leaked_share": 0.0021},
+        "tokenizer": {"tokenizer/vocabulary": 8192},
+        "sft": {"sft/eval_loss": 2.31, "sft/documents_truncated": 0.0731},
+        "preferences": {"preferences/pairs": 11520, "preferences/ties": 0.08},
+        "reward": mean("reward/accuracy", 0.613, 0.018) | {"reward/eval_loss": 0.66},
+        "ppo": {"ppo/rollouts": rollouts},
+        "dpo": {"dpo/eval_loss": 0.62},
+        "evaluate": evaluation(),
+    }
+    merged = {k: v for stage in metrics.values() for k, v in stage.items()}
+    write(folder / "metrics.json", dict(sorted(merged.items())))
+    command = "genalign run demo --output_dir runs/demo sft.learning_rate=1e-3"
+    about = "The whole chain on docstrings of installed packages: from raw text to aligned models."
+    write(folder / "run.json", {"name": "demo", "about": about, "command": command, "stages": list(RECIPES)})
+    for name, values in metrics.items():
+        write_stage(folder, name, values)
+    write(folder / "sft" / "log_history.json", loss_history(1200, 6.2, 2.2, rng))
+    write(folder / "reward" / "log_history.json", loss_history(400, 0.72, 0.62, rng, preference=True))
+    write(folder / "dpo" / "log_history.json", loss_history(400, 0.693, 0.6, rng, preference=True))
+    write(folder / "ppo" / "log_history.json", ppo_history(rollouts, rng))
+    bins = [
+        {"predicted": p, "observed": p - 0.6 * (p - 0.5), "low": p - 0.6 * (p - 0.5) - 0.06}
+        | {"high": min(1.0, p - 0.6 * (p - 0.5) + 0.06), "count": int(400 * (1.02 - p))}
+        for p in (0.52, 0.58, 0.66, 0.74, 0.83, 0.92)
+    ]
+    write(folder / "reward" / "calibration.json", bins)
+    stats = {"splits": {"train": 16213, "validation": 800, "test": 800}, "packages": {"held_out": ["rich", "networkx"]}}
+    write(folder / "corpus" / "stats.json", stats | {"leaked_share": 0.0021, "seconds": None})
+    rows = predictions(examples, rng)
+    if hostile:
+        for row in rows[::6]:
+            row["outputs"]["sft"] = HOSTILE
+            row["outputs"]["dpo"] = "x" * 120
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "evaluate" / "predictions.jsonl").write_text(text, encoding="utf-8")
+    settings = {"decoding": "beam search", "num_beams": 4, "max_new_tokens": 48, "length_penalty": 1.0}
+    write(folder / "evaluate" / "settings.json", dict.fromkeys(("sft", "ppo", "dpo"), settings))
+    return folder
