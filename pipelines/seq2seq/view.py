@@ -1,7 +1,7 @@
 """The view: an encoder-decoder model that today's alignment trainers can drive, and the few calls ours are made of.
 
 ``as_view`` swaps the class of a model in place. Parameters, ``state_dict``, ``generate`` and the architecture that
-``save_pretrained`` writes stay those of the plain class; what is new is that a forward with the source as *side inputs*,
+``save_pretrained`` writes stay those of the plain class. New is that a forward with the source as *side inputs*,
 
     model(input_ids=[decoder_start; completion], encoder_input_ids=source, encoder_attention_mask=mask)
 
@@ -31,7 +31,8 @@ from pipelines.seq2seq.losses import token_log_probs
 
 Order = Literal["sample-major", "source-major"]
 """How R = K·B rows belong to B sources: ``sample-major`` puts sample k of source b into row k·B + b (TRL's
-``[chosen; rejected]``), ``source-major`` into row b·K + k (``generate(num_return_sequences=K)``)."""
+``[chosen; rejected]``), ``source-major`` into row b·K + k (``generate(num_return_sequences=K)``). Where sources have
+unequal numbers of rows, an (R,) tensor of source numbers takes its place."""
 
 _SIDE = "encoder_"
 
@@ -75,12 +76,12 @@ def _scoring_forward(plain_class: type[PreTrainedModel]) -> Any:
         side = {name.removeprefix(_SIDE): value for name, value in kwargs.items() if name.startswith(_SIDE)}
         if kwargs.get("decoder_input_ids") is not None or kwargs.get("decoder_inputs_embeds") is not None:
             raise TypeError("with encoder side inputs the decoder reads input_ids, not decoder_input_ids")
-        states = _encoder_forward(self, side)
+        states = run_encoder(self, side)
         decoder_input_ids = kwargs["input_ids"]
-        result = _decoder_forward(
+        result = run_decoder(
             self,
-            _spread(states, len(decoder_input_ids), "sample-major"),
-            _spread(side.get("attention_mask"), len(decoder_input_ids), "sample-major"),
+            spread_rows(states, len(decoder_input_ids), "sample-major"),
+            spread_rows(side.get("attention_mask"), len(decoder_input_ids), "sample-major"),
             decoder_input_ids,
             kwargs.get("attention_mask"),
         )
@@ -168,20 +169,34 @@ def _parameters(module_class: type[nn.Module]) -> frozenset[str]:
     return frozenset(inspect.signature(module_class.forward).parameters)
 
 
-def _encoder_forward(model: PreTrainedModel, inputs: dict[str, Tensor | None]) -> Tensor:
-    """Encoder states (B, S, H) from inputs under the encoder's own names; a mask it cannot take is left out."""
+def run_encoder(model: PreTrainedModel, inputs: dict[str, Tensor | None]) -> Tensor:
+    """Encoder states (B, S, H) of any transformers encoder-decoder, with or without a language-model head.
+
+    Args:
+        model: with ``get_encoder()``.
+        inputs: tensors under the encoder's own argument names; a mask it does not know is left out.
+    """
     encoder = model.get_encoder()
     known = _parameters(type(encoder))
     return encoder(**{name: value for name, value in inputs.items() if name in known}).last_hidden_state
 
 
-def _decoder_forward(
+def run_decoder(
     model: PreTrainedModel,
     states: Tensor,
     source_mask: Tensor | None,
     decoder_input_ids: Tensor,
     decoder_mask: Tensor | None,
 ) -> Tensor:
+    """Decoder states (R, T, H) of any transformers encoder-decoder; those of a view come scaled for its head.
+
+    Args:
+        model: with ``get_decoder()``.
+        states: (R, S, H) encoder states, a row for each row of the decoder.
+        source_mask: (R, S) or None.
+        decoder_input_ids: (R, T).
+        decoder_mask: (R, T), or None where rows are padded on the right.
+    """
     decoder = model.get_decoder()
     inputs = {
         "input_ids": decoder_input_ids,
@@ -196,11 +211,19 @@ def _decoder_forward(
     return result if scale == 1.0 else result * scale
 
 
-def _spread(tensor: Tensor | None, rows: int, order: Order | None) -> Tensor | None:
-    """(B, …) repeated to (rows, …): row r belongs to source r mod B (sample-major) or r div K (source-major)."""
-    if tensor is None or len(tensor) == rows:
-        return tensor
+def spread_rows(tensor: Tensor | None, rows: int, order: Order | Tensor | None) -> Tensor | None:
+    """(B, …) repeated to (rows, …): row r belongs to source r mod B (sample-major), r div K (source-major) or order[r].
+
+    Raises:
+        ValueError: ``rows`` is not a multiple of B, or is above B without an order.
+    """
+    if tensor is None:
+        return None
+    if isinstance(order, Tensor):
+        return tensor.index_select(0, order)
     sources = len(tensor)
+    if sources == rows:
+        return tensor
     if rows % sources:
         raise ValueError(f"{rows} rows cannot belong to {sources} sources in equal number")
     samples = rows // sources
@@ -238,7 +261,7 @@ def _measured_scale(model: PreTrainedModel) -> float:
     with _evaluating(model):
         encoded = BaseModelOutput(last_hidden_state=states)
         wanted = model(encoder_outputs=encoded, decoder_input_ids=ids, use_cache=False).logits.float()
-        result = _decoder_forward(model, states, None, ids, None)
+        result = run_decoder(model, states, None, ids, None)
         tolerance = (1e-3 if head.weight.dtype == torch.float32 else 5e-2) * wanted.abs().max().clamp(min=1e-6)
         for scale in (1.0, result.shape[-1] ** -0.5):
             found = output_logits(model, result * scale).float()
@@ -270,7 +293,7 @@ def encode(model: Any, source_ids: Tensor, source_mask: Tensor | None) -> Tensor
         (B, S, H) states.
     """
     inner = unwrap(model)
-    return _encoder_forward(inner, {inner.main_input_name: source_ids, "attention_mask": source_mask})
+    return run_encoder(inner, {inner.main_input_name: source_ids, "attention_mask": source_mask})
 
 
 def decode(
@@ -280,7 +303,7 @@ def decode(
     decoder_input_ids: Tensor,
     decoder_mask: Tensor | None = None,
     *,
-    order: Order | None = None,
+    order: Order | Tensor | None = None,
 ) -> Tensor:
     """Decoder states of R = K·B rows over B encoded sources, scaled so that ``output_logits`` gives the model's logits.
 
@@ -302,8 +325,8 @@ def decode(
     if not isinstance(inner, EncoderDecoderView):
         raise TypeError(f"{type(inner).__name__} is not a view: call as_view(model) first")
     rows = len(decoder_input_ids)
-    states, mask = _spread(encoder_states, rows, order), _spread(source_mask, rows, order)
-    return _decoder_forward(inner, states, mask, decoder_input_ids, decoder_mask)
+    states, mask = spread_rows(encoder_states, rows, order), spread_rows(source_mask, rows, order)
+    return run_decoder(inner, states, mask, decoder_input_ids, decoder_mask)
 
 
 def output_logits(model: Any, states: Tensor) -> Tensor:
@@ -326,7 +349,7 @@ def decoder_start_id(model: Any) -> int:
         UserError: the model's configuration names none.
     """
     inner = unwrap(model)
-    for settings in (inner.config, inner.generation_config, inner.config.get_text_config()):
+    for settings in (inner.config, getattr(inner, "generation_config", None), inner.config.get_text_config()):
         for name in ("decoder_start_token_id", "bos_token_id"):
             value = getattr(settings, name, None) if settings is not None else None
             if value is not None:
@@ -348,7 +371,7 @@ def sequence_log_probs(
     completion_ids: Tensor,
     completion_mask: Tensor,
     *,
-    order: Order | None = None,
+    order: Order | Tensor | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
     """Per-token log-probabilities of completions, teacher-forced: log π(y_t | y_<t, x).

@@ -1,0 +1,131 @@
+"""Batches of preference pairs in the decoder-side layout, and the order in which they come.
+
+A batch of B pairs has 2·B decoder rows, ``[chosen; rejected]``, and B sources as side inputs, each encoded once.
+Nothing is ever cut here and no boundary between source and completion is looked for: they are different tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+from transformers import TrainerCallback
+
+PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+"""Columns of a tokenized preference set: lists of ids; completions without a start token, with the end token."""
+
+
+def pad_rows(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
+    """Ragged rows of ids, padded on the right.
+
+    Args:
+        rows: R lists of ids.
+        value: the padding id.
+
+    Returns:
+        ids (R, T) and their mask (R, T), both int64.
+    """
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), value, dtype=torch.long)
+    mask = torch.zeros((len(rows), longest), dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.as_tensor(row, dtype=torch.long)
+        mask[index, : len(row)] = 1
+    return ids, mask
+
+
+@dataclass
+class PairCollator:
+    """Collates preference pairs for TRL's DPOTrainer and for the reward trainer.
+
+    Args:
+        pad_id: padding id of encoder and decoder.
+        start_id: the token every decoder row begins with.
+
+    A call takes B examples with ``PAIR_COLUMNS`` (and, where present, ``ref_chosen_logps``, ``ref_rejected_logps``,
+    ``margin``, each a number) and returns
+
+    - ``input_ids``, ``attention_mask`` (2·B, 1 + T): ``[start; completion]``, chosen rows first;
+    - ``completion_mask`` (2·B, 1 + T): 1 on the completion's tokens, its end token included, 0 on the start token;
+    - ``encoder_input_ids``, ``encoder_attention_mask`` (B, S): the sources, once;
+    - the numbers as (B,) fp32.
+    """
+
+    pad_id: int
+    start_id: int
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        completions = [example[side] for side in ("chosen_ids", "rejected_ids") for example in examples]
+        ids, mask = pad_rows([[self.start_id, *completion] for completion in completions], self.pad_id)
+        completion_mask = mask.clone()
+        completion_mask[:, 0] = 0
+        source_ids, source_mask = pad_rows([example["prompt_ids"] for example in examples], self.pad_id)
+        batch = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "completion_mask": completion_mask,
+            "encoder_input_ids": source_ids,
+            "encoder_attention_mask": source_mask,
+        }
+        for name in ("ref_chosen_logps", "ref_rejected_logps", "margin"):
+            if name in examples[0]:
+                batch[name] = torch.tensor([example[name] for example in examples], dtype=torch.float32)
+        return batch
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """A random order in which the examples of a step are of like length, so that little is padded.
+
+    Indices are shuffled, cut into pools of 50 steps, sorted by length within a pool, and the steps of a pool shuffled.
+    The order depends on ``seed`` and ``epoch`` alone. (transformers' sampler of the same name draws from the global
+    generator, so a run resumed in the middle of an epoch sees other batches than the uninterrupted one.)
+
+    Args:
+        lengths: a length for each example.
+        step_size: examples of one optimizer step over all processes.
+        seed: of the order.
+    """
+
+    _STEPS_IN_POOL = 50
+
+    def __init__(self, lengths: Sequence[int], step_size: int, seed: int = 0):
+        self.lengths = list(lengths)
+        self.step_size = max(1, step_size)
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch; the same epoch always has the same order."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+        shuffled = torch.randperm(len(self.lengths), generator=generator).tolist()
+        pool_size = self.step_size * self._STEPS_IN_POOL
+        steps: list[list[int]] = []
+        for start in range(0, len(shuffled), pool_size):
+            # The shuffled position breaks ties, so equal lengths do not fall back into the order of the file.
+            pool = sorted(shuffled[start : start + pool_size], key=lambda index: self.lengths[index])
+            steps.extend(pool[i : i + self.step_size] for i in range(0, len(pool), self.step_size))
+        # A step that is not full must come last: anywhere else it would shift the steps after it.
+        short = [step for step in steps if len(step) < self.step_size]
+        full = [step for step in steps if len(step) == self.step_size]
+        for step in [*(full[i] for i in torch.randperm(len(full), generator=generator).tolist()), *short]:
+            yield from step
+
+
+class SetEpoch(TrainerCallback):
+    """Tells a sampler which epoch begins, also where accelerate's wrappers do not pass it on (mid-epoch resume)."""
+
+    def __init__(self, sampler: LengthGroupedSampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))
