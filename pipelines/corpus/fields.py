@@ -1,0 +1,105 @@
+"""The configuration fields that name text data; every stage that reads data takes them from here."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from pipelines.config import Problem, Source, config
+
+EMBEDDED = "pydocs"
+
+
+def _parent(instance: object, cls: type, method: str, empty: object) -> object:
+    """``super().method()`` where the mixin's next class has it; the mixins also stand alone, without a StageConfig."""
+    function = getattr(super(cls, instance), method, None)
+    return empty if function is None else function()
+
+
+@config
+class SplitFields:
+    """How one file becomes three splits, and how much of each is used."""
+
+    validation_fraction: float = Field(
+        0.1, gt=0, lt=1, description="share of the training file that becomes the validation set where there is none"
+    )
+    test_fraction: float = Field(
+        0.1, gt=0, lt=1, description="share of the training file that becomes the test set where there is none"
+    )
+    split_seed: int = Field(0, ge=0, description="seed of that split and of the samples below (not the training seed)")
+    max_train: int | None = Field(None, ge=1, description="use a random sample of at most so many training examples")
+    max_validation: int | None = Field(None, ge=1, description="use at most so many validation examples")
+    max_test: int | None = Field(None, ge=1, description="use at most so many test examples")
+
+    def problems(self) -> list[Problem]:
+        found = list(_parent(self, SplitFields, "problems", []))
+        if self.validation_fraction + self.test_fraction >= 1:
+            value = self.validation_fraction + self.test_fraction
+            mend = "lower validation_fraction or test_fraction"
+            found.append(Problem("validation_fraction+test_fraction", value, "leaves nothing to train on", mend))
+        return found
+
+
+@config
+class CorpusFields(SplitFields):
+    """Documents with summaries: the embedded set, own files, a saved dataset folder or a hub id."""
+
+    dataset: Source = Field(
+        EMBEDDED,
+        description="pydocs (embedded: docstrings of the installed packages), a .jsonl, .json, .csv, .tsv or .parquet "
+        "file, a folder holding train/validation/test files or a saved dataset, or a hub id",
+    )
+    validation_dataset: Source | None = Field(None, description="file or folder of the validation set")
+    test_dataset: Source | None = Field(None, description="file or folder of the test set")
+    dataset_config: str | None = Field(None, description="configuration of a hub dataset, e.g. 3.0.0 of cnn_dailymail")
+    text_column: str = Field("document", description="column of the documents (a list of sentences is joined)")
+    summary_column: str = Field("summary", description="column of the summaries (a list is a list of references)")
+    id_column: str = Field("id", description="column of the ids, used where it exists")
+
+    def problems(self) -> list[Problem]:
+        found = super().problems()
+        if self.text_column == self.summary_column:
+            mend = "name two different columns"
+            found.append(Problem("summary_column", self.summary_column, "is text_column too", mend))
+        given = [
+            (name, value)
+            for name in ("dataset", "validation_dataset", "test_dataset")
+            if (value := getattr(self, name)) is not None
+        ]
+        found.extend(_same_twice(given))
+        if self.dataset == EMBEDDED and len(given) > 1:
+            mend = "drop it, or give your training set as dataset="
+            found.append(Problem(given[1][0], given[1][1], "pydocs brings its own splits", mend))
+        return found
+
+    def environment(self) -> dict[str, str]:
+        """The versions of the packages read, where the set is made of them."""
+        from pipelines.corpus.pydocs import environment_key
+
+        found = dict(_parent(self, SplitFields, "environment", {}))
+        return found | ({EMBEDDED: environment_key()} if self.dataset == EMBEDDED else {})
+
+
+@config
+class PreferenceFields(SplitFields):
+    """Preference pairs: what the preferences stage saved, or a file of human preferences."""
+
+    preferences: Source = Field(
+        description="folder that the preferences stage saved, or own data with the columns prompt, chosen and rejected: "
+        "a .jsonl, .json, .csv, .tsv or .parquet file, a folder of train/validation/test files, or a hub id"
+    )
+    validation_preferences: Source | None = Field(None, description="file or folder of the validation pairs")
+    test_preferences: Source | None = Field(None, description="file or folder of the test pairs")
+
+    def problems(self) -> list[Problem]:
+        found = super().problems()
+        names = ("preferences", "validation_preferences", "test_preferences")
+        return found + _same_twice([(name, value) for name in names if (value := getattr(self, name)) is not None])
+
+
+def _same_twice(given: list[tuple[str, str]]) -> list[Problem]:
+    found, seen = [], {}
+    for name, value in given:
+        if value in seen:
+            found.append(Problem(name, value, f"is {seen[value]} too", "give each split data of its own"))
+        seen.setdefault(value, name)
+    return found

@@ -1,0 +1,317 @@
+"""The embedded set ``pydocs``: what the installed packages' functions and classes do, in their authors' own words.
+
+Whole packages are held out for validation and test; held-out examples that repeat training text are dropped, and how many
+there were is stored. The set is a function of the installed packages' versions alone and is cached by them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.corpus import docstrings
+from pipelines.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+VALIDATION_PACKAGES = ("aiohttp", "nltk", "rich")
+TEST_PACKAGES = ("jinja2", "networkx", "werkzeug")
+"""Held out wholly. All come with the required dependencies, are documented well, and are vendored by no other package read."""
+
+EXCLUDED_PACKAGES = frozenset({"genalign", "pip", "setuptools", "wheel", "uv"})
+"""Never read: the project itself, and installers, whose presence and version depend on how the environment was made."""
+
+_SKIPPED_FOLDERS = frozenset(
+    "test tests testing conftest __pycache__ _vendor vendor vendored _vendored externals _external _external_libs extern "
+    "third_party thirdparty _click array_api_compat array_api_extra site-packages benchmarks".split()
+)
+
+N_GRAM = 6
+LEAKED_SHARE = 0.5
+"""A held-out document leaks when more than this share of its word 6-grams stand in training documents."""
+
+_WORDS = re.compile(r"[a-z0-9]+")
+
+Splits = dict[str, list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Package:
+    """An installed distribution: its normalized name, version, and ``(path, module)`` of the Python files to read."""
+
+    name: str
+    version: str
+    files: tuple[tuple[str, str], ...]
+
+
+def installed_packages(path: Sequence[str] | None = None) -> list[Package]:
+    """The distributions to read, sorted by name, each with its own source files (no tests, no vendored copies).
+
+    Args:
+        path: folders to look in instead of ``sys.path`` (as for ``importlib.metadata.distributions``).
+    """
+    found: dict[str, Package] = {}
+    places = {} if path is None else {"path": list(path)}
+    for distribution in importlib.metadata.distributions(**places):
+        name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
+        # The first one on the path is the one that would be imported.
+        if not name or name in EXCLUDED_PACKAGES or name in found:
+            continue
+        files = []
+        for file in sorted(distribution.files or [], key=lambda f: f.as_posix()):
+            if file.suffix != ".py" or not _is_own_source(file.parts):
+                continue
+            module = ".".join(file.with_suffix("").parts).removesuffix(".__init__")
+            files.append((str(file.locate()), module))
+        if files:
+            found[name] = Package(name, distribution.version, tuple(files))
+    return sorted(found.values(), key=lambda package: package.name)
+
+
+def _is_own_source(parts: tuple[str, ...]) -> bool:
+    if any(part in _SKIPPED_FOLDERS or part.startswith((".", "test_")) for part in parts[:-1]):
+        return False
+    stem = parts[-1].removesuffix(".py")
+    # What is not a module of its package (scripts in ../../bin, data files) has no qualified name.
+    return (
+        stem not in _SKIPPED_FOLDERS
+        and not stem.startswith("test_")
+        and all(p.isidentifier() for p in (*parts[:-1], stem))
+    )
+
+
+def environment_key(packages: Sequence[Package] | None = None) -> str:
+    """Hexadecimal digest of all that decides the set: package versions, Python's grammar and the code that reads them."""
+    packages = installed_packages() if packages is None else packages
+    digest = hashlib.sha256()
+    for code in (Path(__file__), Path(docstrings.__file__)):
+        digest.update(code.read_bytes())
+    digest.update(json.dumps([sys.version_info[:2], [(p.name, p.version) for p in packages]]).encode())
+    return digest.hexdigest()[:24]
+
+
+def extract(packages: Sequence[Package], workers: int | None = None) -> list[list[list[str]]]:
+    """For each package its ``[name, document, summary]`` rows, in the order of its files, whatever the number of workers.
+
+    Each worker is an interpreter of its own that runs ``docstrings.py`` as a plain script, so that neither the caller's
+    threads nor its main module matter.
+
+    Raises:
+        RuntimeError: a worker died.
+    """
+    from tqdm.auto import tqdm
+
+    jobs = [(index, *file) for index, package in enumerate(packages) for file in package.files]
+    workers = max(1, min(8, os.cpu_count() or 1, len(jobs))) if workers is None else workers
+    results: list[list[list[str]]] = [[] for _ in jobs]
+
+    with tqdm(total=len(jobs), desc="reading docstrings", unit="file", disable=len(jobs) < 100) as bar:
+
+        def work(first: int) -> None:
+            command = [sys.executable, "-I", docstrings.__file__]
+            with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
+                process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8"
+                )
+                with process:
+                    json.dump([job[1:] for job in jobs[first::workers]], process.stdin)
+                    process.stdin.close()
+                    done = 0
+                    for line in process.stdout:
+                        results[first + done * workers] = json.loads(line)
+                        done += 1
+                        bar.update()
+                if process.returncode != 0 or done != len(jobs[first::workers]):
+                    errors.seek(0)
+                    raise RuntimeError(f"reading docstrings failed ({process.returncode}): {errors.read()[-2000:]}")
+
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(work, range(workers)))
+    by_package: list[list[list[str]]] = [[] for _ in packages]
+    for (index, _, _), rows in zip(jobs, results, strict=True):
+        by_package[index].extend(rows)
+    return by_package
+
+
+# --- splits, duplicates, leaks --------------------------------------------------------------------------------------
+
+
+def words_of(text: str) -> list[str]:
+    """Lower-case runs of letters and digits: identifiers fall into their words at underscores."""
+    return _WORDS.findall(text.lower())
+
+
+def _n_grams(words: list[str]) -> set[tuple[str, ...]]:
+    return set(zip(*(words[i:] for i in range(N_GRAM)), strict=False))
+
+
+def leaks(held_out: Sequence[dict[str, Any]], train: Iterable[dict[str, Any]]) -> list[bool]:
+    """Which held-out examples repeat training text.
+
+    An example leaks if a word 6-gram of its summary stands in a training summary or document, if its summary (of fewer
+    than 6 words: the whole of it) is a training summary, or if more than ``LEAKED_SHARE`` of its document's 6-grams stand in
+    training documents.
+    """
+    summaries = [words_of(example["summary"]) for example in held_out]
+    documents = [_n_grams(words_of(_code(example))) for example in held_out]
+    wanted_summary = {gram for words in summaries for gram in _n_grams(words)}
+    wanted = wanted_summary.union(*documents)
+    seen: set[tuple[str, ...]] = set()
+    seen_summaries: set[tuple[str, ...]] = set()
+    for example in train:
+        words = words_of(example["summary"])
+        seen_summaries.add(tuple(words))
+        grams = set(zip(*(words[i:] for i in range(N_GRAM)), strict=False))
+        seen.update(wanted_summary.intersection(grams))
+        words = words_of(_code(example))
+        # Streaming the training text against what is asked for keeps memory at the held-out sets' size.
+        seen.update(wanted.intersection(zip(*(words[i:] for i in range(N_GRAM)), strict=False)))
+    return [
+        tuple(words) in seen_summaries
+        or not seen.isdisjoint(_n_grams(words))
+        or (len(grams) > 0 and len(grams & seen) > LEAKED_SHARE * len(grams))
+        for words, grams in zip(summaries, documents, strict=True)
+    ]
+
+
+def _code(example: dict[str, Any]) -> str:
+    """The document without its first line, the qualified name, which is never the same in two packages."""
+    return example["document"].partition("\n")[2]
+
+
+def _without_duplicates(examples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first of all examples that share a summary or the code, compared by words."""
+    kept, summaries, codes = [], set(), set()
+    for example in examples:
+        summary = " ".join(words_of(example["summary"]))
+        code = hashlib.sha256(" ".join(words_of(_code(example))).encode()).digest()
+        if summary in summaries or code in codes:
+            continue
+        summaries.add(summary)
+        codes.add(code)
+        kept.append(example)
+    return kept
+
+
+def build(
+    packages: Sequence[Package],
+    validation: Sequence[str] = VALIDATION_PACKAGES,
+    test: Sequence[str] = TEST_PACKAGES,
+    workers: int | None = None,
+) -> tuple[Splits, dict[str, Any]]:
+    """Reads ``packages`` and makes the three splits.
+
+    Returns:
+        Split name -> examples ``{id, document, summary, references, name}``; and figures: ``packages`` (name -> version and
+        examples kept), ``extracted`` (before deduplication), ``leak_rate_before`` and ``leak_rate`` (share of held-out
+        examples that repeat training text, before and after those were dropped).
+
+    Raises:
+        UserError: a split has no example, since none of its packages is installed.
+    """
+    rows = extract(packages, workers)
+    split_of = {name: "validation" for name in validation} | {name: "test" for name in test}
+    splits: Splits = {"train": [], "validation": [], "test": []}
+    package_of: dict[str, str] = {}
+    ids: Counter[str] = Counter()
+    for package, found in zip(packages, rows, strict=True):
+        for name, document, summary in found:
+            ids[name] += 1
+            identifier = name if ids[name] == 1 else f"{name}#{ids[name]}"
+            package_of[identifier] = package.name
+            splits[split_of.get(package.name, "train")].append(
+                {"id": identifier, "document": document, "summary": summary, "references": [summary], "name": name}
+            )
+    extracted = sum(map(len, splits.values()))
+    for split, names in (("train", ["any other package"]), ("validation", validation), ("test", test)):
+        if not splits[split]:
+            listed = ", ".join(names)
+            raise UserError(
+                "dataset", "pydocs", f"no docstrings for {split} ({listed})", f"pip install {' '.join(names)}"
+            )
+        splits[split] = _without_duplicates(splits[split])
+
+    held_out = [*splits["validation"], *splits["test"]]
+    leaked = leaks(held_out, splits["train"])
+    dropped = {example["id"] for example, leak in zip(held_out, leaked, strict=True) if leak}
+    for split in ("validation", "test"):
+        splits[split] = [example for example in splits[split] if example["id"] not in dropped]
+    held_out = [*splits["validation"], *splits["test"]]
+    after = leaks(held_out, splits["train"])
+    # An order without meaning, so that a prefix of a split is a fair sample of it.
+    for examples in splits.values():
+        examples.sort(key=lambda example: hashlib.sha256(example["id"].encode()).digest())
+    kept = Counter(package_of[example["id"]] for examples in splits.values() for example in examples)
+    stats = {
+        "packages": {
+            p.name: {"version": p.version, "split": split_of.get(p.name, "train"), "examples": kept[p.name]}
+            for p in packages
+            if kept[p.name]
+        },
+        "extracted": extracted,
+        "leak_rate_before": sum(leaked) / len(leaked),
+        "leak_rate": sum(after) / max(1, len(after)),
+    }
+    return splits, stats
+
+
+# --- cache ----------------------------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """``$GENALIGN_CACHE``, else ``~/.cache/genalign``."""
+    return Path(os.environ.get("GENALIGN_CACHE") or "~/.cache/genalign").expanduser()
+
+
+def pydocs() -> tuple[Splits, dict[str, Any]]:
+    """The embedded set of this environment, as ``build`` returns it; made once for given package versions, then cached.
+
+    Raises:
+        UserError: the held-out packages are not installed.
+    """
+    from filelock import FileLock
+
+    packages = installed_packages()
+    path = cache_folder() / f"pydocs-{environment_key(packages)}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Several processes of one launch ask at once: one of them reads the packages, the others wait for it.
+        with FileLock(str(path) + ".lock"):
+            cached = _read_cache(path)
+            if cached is None:
+                cached = build(packages)
+                _write_cache(path, cached)
+            return cached
+    except OSError as error:
+        logger.warning("pydocs is not cached: %s", error)
+        return build(packages)
+
+
+def _read_cache(path: Path) -> tuple[Splits, dict[str, Any]] | None:
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+        return loaded["splits"], loaded["stats"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write_cache(path: Path, content: tuple[Splits, dict[str, Any]]) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps({"splits": content[0], "stats": content[1]}), encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
