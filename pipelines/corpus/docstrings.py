@@ -1,7 +1,7 @@
 """Documented definitions of Python source files, read with ``ast``: nothing is imported and no code runs.
 
-One definition (function, method or class) gives one pair: the document is its qualified name, signature and body without
-docstrings; the summary is the first sentence its author wrote in the docstring (PEP 257's summary line).
+One definition (function, method or class) gives one pair: the document is its qualified name, signature and body
+without docstrings; the summary is the first sentence its author wrote in the docstring (PEP 257's summary line).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from textwrap import dedent
 
 MAX_DOCUMENT_CHARACTERS = 1000
-"""A document is cut after the last whole line within this many characters (about 256 tokens of the default tokenizer)."""
+"""A document is cut after the last whole line within this many characters."""
 
 MIN_SUMMARY_WORDS, MAX_SUMMARY_WORDS = 4, 30
 MIN_BODY_CHARACTERS = 40
@@ -116,9 +116,12 @@ def _stem(word: str) -> str:
     return word
 
 
-_EMPTY_WORDS = frozenset(
-    "a an the of for to in on and or is be this that it its with from by as at return get set class method function".split()
-)
+# fmt: off
+_EMPTY_WORDS = frozenset((
+    "a", "an", "the", "this", "that", "it", "its", "of", "for", "to", "in", "on", "with", "from", "by", "as", "at", "and",
+    "or", "is", "be", "return", "get", "set", "class", "method", "function",
+))
+# fmt: on
 
 
 def is_summary(text: str, name: str) -> bool:
@@ -170,7 +173,7 @@ def _is_stub(node: ast.AST) -> bool:
 
 
 def _statements(node: ast.AST) -> Iterator[ast.AST]:
-    """The statements (and ``except``, ``case`` clauses) right under ``node``; ``ast.walk`` would visit expressions too."""
+    """The statements and clauses right under ``node``; ``ast.walk`` would visit every expression too."""
     for part in ("body", "orelse", "finalbody", "handlers", "cases"):
         inner = getattr(node, part, None)
         if isinstance(inner, list):

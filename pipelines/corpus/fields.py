@@ -84,8 +84,8 @@ class PreferenceFields(SplitFields):
     """Preference pairs: what the preferences stage saved, or a file of human preferences."""
 
     preferences: Source = Field(
-        description="folder that the preferences stage saved, or own data with the columns prompt, chosen and rejected: "
-        "a .jsonl, .json, .csv, .tsv or .parquet file, a folder of train/validation/test files, or a hub id"
+        description="folder that the preferences stage saved, or own data with the columns prompt, chosen, rejected: a "
+        ".jsonl, .json, .csv, .tsv or .parquet file, a folder of train/validation/test files, or a hub id"
     )
     validation_preferences: Source | None = Field(None, description="file or folder of the validation pairs")
     test_preferences: Source | None = Field(None, description="file or folder of the test pairs")

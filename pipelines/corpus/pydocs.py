@@ -1,7 +1,7 @@
 """The embedded set ``pydocs``: what the installed packages' functions and classes do, in their authors' own words.
 
-Whole packages are held out for validation and test; held-out examples that repeat training text are dropped, and how many
-there were is stored. The set is a function of the installed packages' versions alone and is cached by them.
+Whole packages are held out for validation and test; held-out examples that repeat training text are dropped, and how
+many there were is stored. The set is a function of the installed packages' versions alone and is cached by them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.cache import cache_folder
 from pipelines.corpus import docstrings
 from pipelines.errors import UserError
 
@@ -29,15 +30,18 @@ logger = logging.getLogger(__name__)
 
 VALIDATION_PACKAGES = ("aiohttp", "nltk", "rich")
 TEST_PACKAGES = ("jinja2", "networkx", "werkzeug")
-"""Held out wholly. All come with the required dependencies, are documented well, and are vendored by no other package read."""
+"""Held out wholly. All come with required dependencies, are documented well, and no other package read vendors them."""
 
 EXCLUDED_PACKAGES = frozenset({"genalign", "pip", "setuptools", "wheel", "uv"})
 """Never read: the project itself, and installers, whose presence and version depend on how the environment was made."""
 
-_SKIPPED_FOLDERS = frozenset(
-    "test tests testing conftest __pycache__ _vendor vendor vendored _vendored externals _external _external_libs extern "
-    "third_party thirdparty _click array_api_compat array_api_extra site-packages benchmarks".split()
-)
+# fmt: off
+_SKIPPED_PARTS = frozenset((
+    "test", "tests", "testing", "testing_utils", "conftest", "__pycache__", "site-packages", "benchmarks", "_vendor",
+    "vendor", "vendored", "_vendored", "extern", "externals", "_external", "third_party", "thirdparty", "_click",
+    "array_api_compat", "array_api_extra",
+))
+# fmt: on
 
 N_GRAM = 6
 LEAKED_SHARE = 0.5
@@ -82,19 +86,19 @@ def installed_packages(path: Sequence[str] | None = None) -> list[Package]:
 
 
 def _is_own_source(parts: tuple[str, ...]) -> bool:
-    if any(part in _SKIPPED_FOLDERS or part.startswith((".", "test_")) for part in parts[:-1]):
+    if any(part in _SKIPPED_PARTS or part.startswith((".", "test_")) for part in parts[:-1]):
         return False
     stem = parts[-1].removesuffix(".py")
     # What is not a module of its package (scripts in ../../bin, data files) has no qualified name.
     return (
-        stem not in _SKIPPED_FOLDERS
+        stem not in _SKIPPED_PARTS
         and not stem.startswith("test_")
         and all(p.isidentifier() for p in (*parts[:-1], stem))
     )
 
 
 def environment_key(packages: Sequence[Package] | None = None) -> str:
-    """Hexadecimal digest of all that decides the set: package versions, Python's grammar and the code that reads them."""
+    """Digest of all that decides the set: the packages' versions, Python's grammar and the code that reads them."""
     packages = installed_packages() if packages is None else packages
     digest = hashlib.sha256()
     for code in (Path(__file__), Path(docstrings.__file__)):
@@ -104,7 +108,7 @@ def environment_key(packages: Sequence[Package] | None = None) -> str:
 
 
 def extract(packages: Sequence[Package], workers: int | None = None) -> list[list[list[str]]]:
-    """For each package its ``[name, document, summary]`` rows, in the order of its files, whatever the number of workers.
+    """For each package its ``[name, document, summary]`` rows in the order of its files, for any number of workers.
 
     Each worker is an interpreter of its own that runs ``docstrings.py`` as a plain script, so that neither the caller's
     threads nor its main module matter.
@@ -155,15 +159,15 @@ def words_of(text: str) -> list[str]:
 
 
 def _n_grams(words: list[str]) -> set[tuple[str, ...]]:
+    # zip stops at the shortest: fewer than N_GRAM words have none.
     return set(zip(*(words[i:] for i in range(N_GRAM)), strict=False))
 
 
 def leaks(held_out: Sequence[dict[str, Any]], train: Iterable[dict[str, Any]]) -> list[bool]:
     """Which held-out examples repeat training text.
 
-    An example leaks if a word 6-gram of its summary stands in a training summary or document, if its summary (of fewer
-    than 6 words: the whole of it) is a training summary, or if more than ``LEAKED_SHARE`` of its document's 6-grams stand in
-    training documents.
+    An example leaks if a word 6-gram of its summary stands in a training summary or document, if its whole summary is a
+    training summary, or if more than ``LEAKED_SHARE`` of its document's 6-grams stand in training documents.
     """
     summaries = [words_of(example["summary"]) for example in held_out]
     documents = [_n_grams(words_of(_code(example))) for example in held_out]
@@ -174,11 +178,9 @@ def leaks(held_out: Sequence[dict[str, Any]], train: Iterable[dict[str, Any]]) -
     for example in train:
         words = words_of(example["summary"])
         seen_summaries.add(tuple(words))
-        grams = set(zip(*(words[i:] for i in range(N_GRAM)), strict=False))
-        seen.update(wanted_summary.intersection(grams))
-        words = words_of(_code(example))
         # Streaming the training text against what is asked for keeps memory at the held-out sets' size.
-        seen.update(wanted.intersection(zip(*(words[i:] for i in range(N_GRAM)), strict=False)))
+        seen.update(wanted_summary.intersection(_n_grams(words)))
+        seen.update(wanted.intersection(_n_grams(words_of(_code(example)))))
     return [
         tuple(words) in seen_summaries
         or not seen.isdisjoint(_n_grams(words))
@@ -215,15 +217,15 @@ def build(
     """Reads ``packages`` and makes the three splits.
 
     Returns:
-        Split name -> examples ``{id, document, summary, references, name}``; and figures: ``packages`` (name -> version and
-        examples kept), ``extracted`` (before deduplication), ``leak_rate_before`` and ``leak_rate`` (share of held-out
-        examples that repeat training text, before and after those were dropped).
+        Split name -> examples ``{id, document, summary, references, name}``; and figures: ``packages`` (name ->
+        version, split and examples kept), ``extracted`` (before deduplication), ``leak_rate_before`` and ``leak_rate`` (share of
+        held-out examples that repeat training text, before and after those were dropped).
 
     Raises:
         UserError: a split has no example, since none of its packages is installed.
     """
     rows = extract(packages, workers)
-    split_of = {name: "validation" for name in validation} | {name: "test" for name in test}
+    split_of = dict.fromkeys(validation, "validation") | dict.fromkeys(test, "test")
     splits: Splits = {"train": [], "validation": [], "test": []}
     package_of: dict[str, str] = {}
     ids: Counter[str] = Counter()
@@ -236,12 +238,10 @@ def build(
                 {"id": identifier, "document": document, "summary": summary, "references": [summary], "name": name}
             )
     extracted = sum(map(len, splits.values()))
-    for split, names in (("train", ["any other package"]), ("validation", validation), ("test", test)):
+    for split, names in (("train", ()), ("validation", validation), ("test", test)):
         if not splits[split]:
-            listed = ", ".join(names)
-            raise UserError(
-                "dataset", "pydocs", f"no docstrings for {split} ({listed})", f"pip install {' '.join(names)}"
-            )
+            listed = " ".join(names) or "any other package"
+            raise UserError("dataset", "pydocs", f"no docstrings for {split}", f"pip install {listed}")
         splits[split] = _without_duplicates(splits[split])
 
     held_out = [*splits["validation"], *splits["test"]]
@@ -271,11 +271,6 @@ def build(
 # --- cache ----------------------------------------------------------------------------------------------------------
 
 
-def cache_folder() -> Path:
-    """``$GENALIGN_CACHE``, else ``~/.cache/genalign``."""
-    return Path(os.environ.get("GENALIGN_CACHE") or "~/.cache/genalign").expanduser()
-
-
 def pydocs() -> tuple[Splits, dict[str, Any]]:
     """The embedded set of this environment, as ``build`` returns it; made once for given package versions, then cached.
 
@@ -285,9 +280,8 @@ def pydocs() -> tuple[Splits, dict[str, Any]]:
     from filelock import FileLock
 
     packages = installed_packages()
-    path = cache_folder() / f"pydocs-{environment_key(packages)}.json"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = cache_folder("pydocs") / f"{environment_key(packages)}.json"
         # Several processes of one launch ask at once: one of them reads the packages, the others wait for it.
         with FileLock(str(path) + ".lock"):
             cached = _read_cache(path)
