@@ -26,19 +26,22 @@ class Measure:
     Args:
         label: the name in a column header.
         unit: what stands behind the number, empty when it has none.
-        digits: decimals that are shown.
+        digits: decimals that are shown; None for four significant digits, or none where the number is whole.
         scale: factor between the stored and the shown number (100 for a rate shown in per cent).
         signed: whether a plus sign is shown.
     """
 
     label: str
     unit: str = ""
-    digits: int = 2
+    digits: int | None = 2
     scale: float = 1.0
     signed: bool = False
 
     def number(self, value: float) -> str:
         """``value`` (as stored) rounded for reading, without its unit."""
+        if self.digits is None:
+            shown = f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
+            return shown.replace("-", "−")
         shown = round(value * self.scale, self.digits) + 0.0  # + 0.0 turns -0.0 into 0.0
         return f"{shown:{'+' if self.signed else ''},.{self.digits}f}".replace("-", "−")
 
@@ -77,9 +80,9 @@ class Estimate:
 
 
 def measure_of(key: str) -> Measure:
-    """The measure of a metrics key, by its last part; an unknown one goes by its own name, with three decimals."""
+    """The measure of a metrics key, by its last part; an unknown one goes by its own name."""
     name = key.rsplit("/", 1)[-1]
-    return MEASURES.get(name) or Measure(name.replace("_", " "), digits=3)
+    return MEASURES.get(name) or Measure(name.replace("_", " "), digits=None)
 
 
 def estimate(metrics: Mapping[str, float], key: str) -> Estimate | None:

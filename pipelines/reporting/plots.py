@@ -27,6 +27,7 @@ _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid"} | {c: f"--series-{
 
 WIDTH = 4.5  # inches: at 72 points an inch the panel fits a phone without its letters shrinking
 POINTS = 400
+STEPS = (1, 2, 5, 10)  # ticks at round numbers
 
 STYLE = {
     "svg.fonttype": "none",
@@ -153,7 +154,7 @@ def lines(name: str, panels: Sequence[Panel], xlabel: str, alt: str, *, log_y: b
             for i, series in enumerate(panel.series):
                 _draw(axis, series, SERIES[(series.colour if series.colour is not None else number + i) % len(SERIES)])
             axis.set_ylabel(panel.ylabel)
-            axis.yaxis.set_major_locator(MaxNLocator(5))
+            axis.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
             axis.margins(x=0.02)
             if log_y:
                 axis.set_yscale("log")
@@ -163,7 +164,7 @@ def lines(name: str, panels: Sequence[Panel], xlabel: str, alt: str, *, log_y: b
                 axis.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, borderaxespad=0.1, handlelength=1.4)
         axes[-1].set_xlabel(xlabel)
         figure.align_ylabels(axes)
-        axes[-1].xaxis.set_major_locator(MaxNLocator(6))
+        axes[-1].xaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
         return svg(figure, name, alt)
 
 
@@ -239,7 +240,7 @@ def forest(
         axis.set_ylim(-0.6, len(rows) - 0.4)
         axis.grid(axis="y", visible=False)
         axis.margins(x=0.08)
-        axis.xaxis.set_major_locator(MaxNLocator(6))
+        axis.xaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
         axis.set_xlabel(xlabel)
         return svg(figure, name, alt)
 

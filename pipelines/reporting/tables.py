@@ -25,15 +25,15 @@ RESULT_MEASURES = (
     "rouge1",
     "rouge2",
     "rougeL",
-    "rougeLsum",
     "gold",
     "gold_win_rate",
     "proxy",
     "kl",
     "length",
-    "compression",
     "novel_bigrams",
     "repetition",
+    "compression",
+    "rougeLsum",
 )
 """Columns of the results table, in order; those that no system has are left out."""
 

@@ -98,25 +98,7 @@ def loss_history(steps: int, start: float, end: float, rng: random.Random, *, pr
 
 
 def predictions(count: int, rng: random.Random) -> list[dict]:
-    words = [
-        "Return",
-        "compute",
-        "the",
-        "a",
-        "of",
-        "array",
-        "index",
-        "frame",
-        "parse",
-        "config",
-        "value",
-        "from",
-        "given",
-        "path",
-        "and",
-        "options",
-        "object",
-    ]
+    words = list(DOCUMENT.replace(",", " ").split())
     rows = []
     for n in range(count):
         texts = {
