@@ -149,7 +149,8 @@ _BOUNDARY = re.compile(r"(?<=[.!?…。！？])[\"'”’)\]]*\s+(?=[\"'“‘(\
 def sentences(text: str) -> list[str]:
     """The sentences of a text: a newline ends one, and so does ``. ! ?`` before a capital or digit.
 
-    Abbreviations and initials do not end one. A rule, not a model, so that it works offline in any language that marks sentences so; empty ones are left out.
+    Abbreviations and initials do not end one. A rule, not a model, so that it works offline in any language that marks
+    sentences so; empty ones are left out.
     """
     found: list[str] = []
     for line in text.split("\n"):
@@ -281,10 +282,21 @@ def wins(scores: Sequence[float] | np.ndarray, rivals: Sequence[float] | np.ndar
 # ------------------------------------------------------------------------------------------------------------ baselines
 
 
-def lead1(document: str) -> str:
-    """The first sentence of the document; of source code its first line, which names the thing and its parameters."""
-    found = sentences(document)
-    return found[0] if found else ""
+def lead1(document: str, name: str | None = None) -> str:
+    """The first sentence of a document; of source code its qualified name and the header of its first statement.
+
+    Args:
+        document: prose, or source code that begins with its qualified name.
+        name: that name where the document is source code.
+    """
+    if name is None:
+        found = sentences(document)
+        return found[0] if found else ""
+    lines = [line.strip() for line in document.removeprefix(name).strip().split("\n")]
+    lines = [line for line in lines if not line.startswith("@")] or [""]
+    # A signature may run over several lines; it ends with the colon that opens the body.
+    end = next((index for index, line in enumerate(lines) if line.endswith(":")), 0)
+    return f"{name} {' '.join(lines[: end + 1])}".strip()
 
 
 def in_words(identifier: str) -> str:
@@ -311,7 +323,8 @@ def baseline_summaries(
         ``lead1``, ``random_summary`` (where there is a training split) and, with names, ``name`` (its last part in
         words) and ``qualified_name`` (all of it in words): each a list of N texts.
     """
-    found: dict[str, list[str]] = {"lead1": [lead1(document) for document in documents]}
+    found: dict[str, list[str]] = {}
+    found["lead1"] = [lead1(*pair) for pair in zip(documents, names or [None] * len(documents), strict=True)]
     if names is not None:
         found["name"] = [in_words(name.rsplit(".", 1)[-1]) for name in names]
         found["qualified_name"] = [in_words(name) for name in names]

@@ -162,11 +162,19 @@ def test_properties_by_hand():
     assert found["repetition"].tolist() == pytest.approx([1 / 4, 0.0, 0.0])
 
 
+def test_lead1_of_code_is_name_and_signature():
+    code = "kit.A.f\n@cache\ndef f(\n    self,\n    path,\n):\n    if path:\n        return 1"
+    assert metrics.lead1(code, "kit.A.f") == "kit.A.f def f( self, path, ):"
+    assert metrics.lead1("kit.f\ndef f(x): return x", "kit.f") == "kit.f def f(x): return x"
+    assert metrics.lead1("kit.f", "kit.f") == "kit.f"
+    assert metrics.lead1("It runs. It stops.") == "It runs."
+
+
 def test_baselines():
     found = metrics.baseline_summaries(
         ["kit.io.read_file\ndef read_file(path):"] * 3, ["one", "two", "three"], ["kit.io.read_file"] * 3, seed=4
     )
-    assert found["lead1"] == ["kit.io.read_file"] * 3
+    assert found["lead1"] == ["kit.io.read_file def read_file(path):"] * 3
     assert found["name"] == ["read file"] * 3
     assert found["qualified_name"] == ["kit io read file"] * 3
     assert set(found["random_summary"]) <= {"one", "two", "three"}

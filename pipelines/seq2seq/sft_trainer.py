@@ -1,0 +1,190 @@
+"""The parts of supervised fine-tuning: flat token ids, the order of the examples, and the Trainer that uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, Seq2SeqTrainer
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from pipelines.seq2seq.training import LengthConfig, tokenize_sources, tokenize_targets
+
+_CHUNK = 4096
+
+
+class Ragged:
+    """Rows of token ids of different lengths in one flat int32 array: 4 bytes a token, not a Python object each."""
+
+    def __init__(self, rows: Sequence[Sequence[int]] = ()):
+        self._parts: list[np.ndarray] = []
+        self._lengths: list[int] = []
+        self.extend(rows)
+
+    def extend(self, rows: Sequence[Sequence[int]]) -> None:
+        """Append rows."""
+        self._parts.extend(np.asarray(row, dtype=np.int32) for row in rows)
+        self._lengths.extend(len(row) for row in rows)
+
+    def freeze(self) -> Ragged:
+        """Lay the rows out flat; to be called once, before reading."""
+        self.lengths = np.asarray(self._lengths, dtype=np.int64)
+        self._ends = np.cumsum(self.lengths)
+        self._flat = np.concatenate(self._parts) if self._parts else np.zeros(0, dtype=np.int32)
+        self._parts = []
+        return self
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __getitem__(self, index: int) -> list[int]:
+        end = self._ends[index]
+        return self._flat[end - self.lengths[index] : end].tolist()
+
+
+class TokenizedPairs(Dataset):
+    """Documents and summaries as token ids; item i is ``{input_ids, attention_mask, labels}`` (lists)."""
+
+    def __init__(self, sources: Ragged, targets: Ragged, truncated_sources: int = 0, truncated_targets: int = 0):
+        self.sources, self.targets = sources.freeze(), targets.freeze()
+        self.truncated_sources, self.truncated_targets = truncated_sources, truncated_targets
+
+    @classmethod
+    def of(
+        cls,
+        split: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        lengths: LengthConfig,
+        *,
+        progress: str | None = None,
+    ) -> TokenizedPairs:
+        """Tokenize the ``document`` and ``summary`` columns of a split.
+
+        Args:
+            split: a ``datasets.Dataset``.
+            tokenizer: of the model.
+            lengths: where documents and summaries are cut, and the prefix.
+            progress: what the progress bar says; no bar without it.
+        """
+        sources, targets, cut_sources, cut_targets = Ragged(), Ragged(), 0, 0
+        for start in tqdm(range(0, len(split), _CHUNK), desc=progress, unit_scale=_CHUNK, disable=progress is None):
+            rows = split[start : start + _CHUNK]
+            found = tokenize_sources(tokenizer, list(rows["document"]), lengths)
+            sources.extend(found["input_ids"])
+            cut_sources += found["truncated"]
+            found = tokenize_targets(tokenizer, list(rows["summary"]), lengths)
+            targets.extend(found["input_ids"])
+            cut_targets += found["truncated"]
+        return cls(sources, targets, cut_sources, cut_targets)
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def item(self, index: int, labels: list[int] | None = None) -> dict[str, list[int]]:
+        """Example ``index``, with other labels than its summary where they are given."""
+        ids = self.sources[index]
+        return {
+            "input_ids": ids,
+            "attention_mask": [1] * len(ids),
+            "labels": self.targets[index] if labels is None else labels,
+        }
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return self.item(index)
+
+
+class ExampleSchedule(Dataset):
+    """All examples of a whole run in the order they are seen; position p belongs to optimizer step p div global batch.
+
+    The first ``copy_steps`` steps ask for the first tokens of the document itself; then come the summaries. In each of
+    the two phases every epoch is a new permutation in which the examples of one step are of like length (transformers'
+    ``get_length_grouped_indices``) and the steps are shuffled; an incomplete last step is left out. The order is a
+    function of the arguments alone, so resuming is skipping.
+
+    Args:
+        pairs: the examples.
+        steps: optimizer steps on summaries.
+        global_batch: examples of one optimizer step, over all devices.
+        seed: of the order.
+        copy_steps: optimizer steps of the copy phase, which come first.
+        copy_length: how many first tokens of the document are copied.
+        end: id of the end token, which closes what is copied.
+    """
+
+    def __init__(
+        self,
+        pairs: TokenizedPairs,
+        *,
+        steps: int,
+        global_batch: int,
+        seed: int,
+        copy_steps: int = 0,
+        copy_length: int = 16,
+        end: int = 1,
+    ):
+        self.pairs, self.copy_steps, self.copy_length, self.end = pairs, copy_steps, copy_length, end
+        self.global_batch = global_batch
+        self.steps_per_epoch = len(pairs) // global_batch
+        if not self.steps_per_epoch:
+            raise ValueError(f"{len(pairs)} examples do not fill one step of {global_batch}")
+        self.order = np.concatenate(
+            [self._phase(phase, count, seed) for phase, count in enumerate((copy_steps, steps)) if count]
+        )
+
+    def _phase(self, phase: int, steps: int, seed: int) -> np.ndarray:
+        lengths = self.pairs.sources.lengths.tolist()
+        parts: list[np.ndarray] = []
+        for epoch in range(-(-steps // self.steps_per_epoch)):
+            # One generator an epoch and phase: the order of the summaries does not depend on how long was copied.
+            entropy = np.random.SeedSequence([seed, phase, epoch]).generate_state(2, np.uint64)
+            generator = torch.Generator().manual_seed(int(entropy[0] >> 1))
+            grouped = get_length_grouped_indices(lengths, self.global_batch, generator=generator)
+            blocks = np.asarray(grouped[: self.steps_per_epoch * self.global_batch]).reshape(-1, self.global_batch)
+            parts.append(blocks[np.random.default_rng(entropy[1]).permutation(len(blocks))])
+        return np.concatenate(parts)[:steps].reshape(-1)
+
+    def epoch_at(self, step: int) -> float:
+        """Passes over the summaries after ``step`` optimizer steps; 0 in the copy phase."""
+        return max(0, step - self.copy_steps) / self.steps_per_epoch
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, position: int) -> dict[str, list[int]]:
+        index = int(self.order[position])
+        if position >= self.copy_steps * self.global_batch:
+            return self.pairs.item(index)
+        source = self.pairs.sources[index]
+        return self.pairs.item(index, [*source[:-1][: self.copy_length], self.end])
+
+
+class SFTTrainer(Seq2SeqTrainer):
+    """``Seq2SeqTrainer`` whose evaluation loss is plain nats a token, whatever the batches and the label smoothing."""
+
+    schedule: ExampleSchedule
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        smoother = self.label_smoother
+        if not model.training:
+            self.label_smoother = None
+        try:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            self.label_smoother = smoother
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **kwargs):
+        loss, *rest = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **kwargs)
+        # The loop gives every batch the same weight, a short last one too; scaled so, its average is the sum of nats
+        # over the sum of tokens. (Of several processes the last ones may see a few examples twice.)
+        batches = len(self.callback_handler.eval_dataloader) * self.args.world_size
+        tokens = (inputs["labels"] != -100).sum()
+        return (loss * tokens.to(loss.device) * batches / self.eval_dataset.targets.lengths.sum(), *rest)
+
+    def log(self, logs, *args, **kwargs):
+        # The whole run is one epoch to the Trainer (see ExampleSchedule); readers want passes over the data.
+        self.state.epoch = round(self.schedule.epoch_at(self.state.global_step), 4)
+        super().log(logs, *args, **kwargs)
