@@ -10,10 +10,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset, Features, List, Value
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from pipelines.seq2seq.training import LengthConfig, tokenize_sources, tokenize_targets
 
 PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 """Columns of a tokenized preference set: lists of ids; completions without a start token, with the end token."""
@@ -129,3 +133,60 @@ class SetEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))
+
+
+class GroupedByLength:
+    """Mixin for a Trainer over tokenized pairs: takes its examples in the order of ``LengthGroupedSampler``."""
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGroupedSampler:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        lengths = np.sum([list(map(len, dataset[column])) for column in PAIR_COLUMNS], axis=0).tolist()
+        step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        sampler = LengthGroupedSampler(lengths, step_size, seed)
+        self.remove_callback(SetEpoch)
+        self.add_callback(SetEpoch(sampler))
+        return sampler
+
+
+def tokenize_pairs(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, lengths: LengthConfig, *, keep: Sequence[str] = ()
+) -> tuple[Dataset, dict[str, int]]:
+    """Token ids of preference pairs, held in memory: no cache file is written beside the data.
+
+    Args:
+        dataset: with the text columns ``prompt``, ``chosen`` and ``rejected``.
+        tokenizer: of the model that will read them.
+        lengths: prefix and lengths; what is longer is cut, its end token kept.
+        keep: further columns to keep.
+
+    Returns:
+        The set with ``PAIR_COLUMNS`` and those kept, and how many ``documents`` and ``summaries`` were cut.
+    """
+    cut = {"documents": 0, "summaries": 0}
+
+    def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        sources = tokenize_sources(tokenizer, batch["prompt"], lengths)
+        cut["documents"] += sources["truncated"]
+        columns = {"prompt_ids": sources["input_ids"]}
+        for side in ("chosen", "rejected"):
+            targets = tokenize_targets(tokenizer, batch[side], lengths)
+            cut["summaries"] += targets["truncated"]
+            columns[f"{side}_ids"] = targets["input_ids"]
+        return columns
+
+    ids = List(Value("int32"))
+    features = Features(
+        {name: dataset.features[name] for name in keep if name in dataset.features} | dict.fromkeys(PAIR_COLUMNS, ids)
+    )
+    tokenized = dataset.map(
+        tokenize,
+        batched=True,
+        keep_in_memory=True,
+        load_from_cache_file=False,
+        features=features,
+        remove_columns=[name for name in dataset.column_names if name not in features],
+        new_fingerprint=f"{dataset._fingerprint[:48]}-pairs",
+        desc="tokenizing pairs",
+    )
+    return tokenized, cut

@@ -1,6 +1,6 @@
 """The mathematics of preference alignment in pure functions: tensors in, tensors out, no model and no state.
 
-Sequence quantities are sums over tokens, in nats. Everything is computed in fp32 whatever comes in.
+Sequence quantities are sums over tokens, in nats. Half precision is widened to fp32 on entry; fp64 stays what it is.
 """
 
 from __future__ import annotations
@@ -10,6 +10,10 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def token_log_probs(logits: Tensor, token_ids: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -23,7 +27,7 @@ def token_log_probs(logits: Tensor, token_ids: Tensor, *, temperature: float = 1
     Returns:
         (…) fp32 log-probabilities, with gradient.
     """
-    logits = logits.float()
+    logits = _wide(logits)
     if temperature != 1.0:
         logits = logits / temperature
     flat = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), token_ids.reshape(-1), reduction="none")
@@ -32,18 +36,18 @@ def token_log_probs(logits: Tensor, token_ids: Tensor, *, temperature: float = 1
 
 def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Entropy in nats of softmax(logits / temperature): (…, V) → (…) fp32."""
-    log_probs = torch.log_softmax(logits.float() / temperature, dim=-1)
+    log_probs = torch.log_softmax(_wide(logits) / temperature, dim=-1)
     return -(log_probs.exp() * log_probs).sum(-1)
 
 
 def sequence_sum(values: Tensor, mask: Tensor) -> Tensor:
     """Sum over the real tokens of each row: (R, T), (R, T) → (R,) fp32."""
-    return (values.float() * mask).sum(-1)
+    return (_wide(values) * mask).sum(-1)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean over all real tokens: a scalar; 0 where the mask is empty."""
-    return (values.float() * mask).sum() / mask.sum().clamp(min=1)
+    return (_wide(values) * mask).sum() / mask.sum().clamp(min=1)
 
 
 def bradley_terry_loss(
@@ -63,7 +67,7 @@ def bradley_terry_loss(
     Returns:
         (B,) fp32 losses.
     """
-    chosen, rejected = chosen.float(), rejected.float()
+    chosen, rejected = _wide(chosen), _wide(rejected)
     difference = chosen - rejected if margin is None else chosen - rejected - margin
     loss = -F.logsigmoid(difference)
     return loss + centre * (chosen + rejected) ** 2 if centre else loss
@@ -93,7 +97,7 @@ def dpo_loss(
     Returns:
         (B,) fp32 losses; ln 2 where the policy is the reference.
     """
-    delta = (chosen_log_probs.float() - chosen_reference) - (rejected_log_probs.float() - rejected_reference)
+    delta = (_wide(chosen_log_probs) - chosen_reference) - (_wide(rejected_log_probs) - rejected_reference)
     return -(1 - label_smoothing) * F.logsigmoid(beta * delta) - label_smoothing * F.logsigmoid(-beta * delta)
 
 
@@ -111,7 +115,7 @@ def kl_estimate(log_probs: Tensor, reference: Tensor, estimator: Literal["k1", "
     Returns:
         fp32, the shape of the inputs.
     """
-    log_ratio = log_probs.float() - reference.float()
+    log_ratio = _wide(log_probs) - _wide(reference)
     if estimator == "k1":
         return log_ratio
     if estimator == "k2":

@@ -1,0 +1,183 @@
+"""The DPO stage: align a model directly on preference pairs and measure it on held-out ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from pipelines.config import INERT, Problem, Source, config
+from pipelines.corpus.fields import PreferenceFields
+from pipelines.errors import UserError
+from pipelines.seq2seq.training import LengthConfig, TrainingConfig
+
+LossType = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+]
+# As TRL has them: the losses that read label_smoothing, and those an f-divergence other than reverse KL is valid for.
+_SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
+_ANY_DIVERGENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
+
+
+@config
+class DPOStageConfig(PreferenceFields, LengthConfig, TrainingConfig):
+    """Direct Preference Optimization of an encoder-decoder, on TRL's trainer."""
+
+    output_dir: str = Field("runs/dpo", description="folder the stage writes into", json_schema_extra=INERT)
+    model: Source = Field(description="encoder-decoder to align, usually the supervised fine-tuned one; the reference")
+    beta: float = Field(0.1, gt=0, description="strength of the pull to the reference, in reward units a nat")
+    loss_type: LossType = Field("sigmoid", description="which of TRL's DPO losses")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="assumed share of flipped preferences (losses robust, exo_pair, aot)"
+    )
+    f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = Field(
+        "reverse_kl", description="divergence that ties the policy to the reference"
+    )
+    precompute_ref_log_probs: bool = Field(
+        True, description="compute the reference's log-probabilities once before training and keep no reference model"
+    )
+    lora_r: int = Field(0, ge=0, description="rank of LoRA adapters on all linear layers; 0 trains all parameters")
+    lora_alpha: float = Field(16.0, gt=0, description="scale of the adapters (their effect is lora_alpha / lora_r)")
+    learning_rate: float = Field(1e-5, gt=0, description="peak learning rate")
+    epochs: float = Field(1.0, gt=0, description="passes over the pairs")
+
+    def problems(self) -> list[Problem]:
+        found = super().problems()
+        if self.label_smoothing and self.loss_type not in _SMOOTHED:
+            mend = f"give label_smoothing=0, or loss_type one of {', '.join(_SMOOTHED)}"
+            found.append(Problem("label_smoothing", self.label_smoothing, f"{self.loss_type} does not read it", mend))
+        if self.loss_type == "exo_pair" and not self.label_smoothing:
+            found.append(Problem("label_smoothing", 0.0, "exo_pair needs one above 0", "give label_smoothing=1e-3"))
+        if self.f_divergence != "reverse_kl" and self.loss_type not in _ANY_DIVERGENCE:
+            mend = f"give f_divergence=reverse_kl, or loss_type one of {', '.join(_ANY_DIVERGENCE)}"
+            found.append(Problem("f_divergence", self.f_divergence, f"is not defined for {self.loss_type}", mend))
+        return found
+
+
+def dpo(config: DPOStageConfig) -> dict[str, float]:
+    """Align a model on preferences with DPO and measure it.
+
+    Writes the model (adapters merged into it, and by themselves under ``adapter``), its tokenizer and
+    ``log_history.json`` into ``config.output_dir``.
+
+    Returns:
+        Held out: ``dpo/loss`` (the sigmoid loss, whatever was trained; ln 2 at the reference), ``dpo/accuracy``
+        (share with a higher implicit reward β log π/π_ref for the chosen summary, with its interval), ``dpo/margin``
+        (mean difference of implicit rewards, with its interval), ``dpo/pairs``; and the shares of texts that were cut.
+
+    Raises:
+        UserError: from the model, the tokenizer or the data; or log-probabilities that are not finite.
+    """
+    import numpy as np
+    import torch
+    from accelerate import PartialState
+    from transformers import set_seed
+    from trl import DPOConfig
+
+    from pipelines.corpus import load_preferences
+    from pipelines.seq2seq.collators import tokenize_pairs
+    from pipelines.seq2seq.dpo_trainer import EncoderDecoderDPOTrainer, pair_log_probs
+    from pipelines.seq2seq.losses import dpo_loss
+    from pipelines.seq2seq.metrics import wins, with_interval
+    from pipelines.seq2seq.models import load_seq2seq, load_tokenizer
+    from pipelines.seq2seq.training import (
+        checkpoint_marker,
+        last_checkpoint,
+        optimizer_choice,
+        save_history,
+        training_arguments,
+    )
+    from pipelines.seq2seq.view import as_view
+
+    set_seed(config.seed)
+    tokenizer = load_tokenizer(config.model, field="model")
+    model = load_seq2seq(config.model)
+    as_view(model)
+    texts = load_preferences(config)
+    pairs, cut = {}, {}
+    for split in ("train", "validation", "test"):
+        pairs[split], cut[split] = tokenize_pairs(texts[split], tokenizer, config)
+
+    watch = len(pairs["validation"]) > 0
+    arguments = training_arguments(
+        config,
+        DPOConfig,
+        beta=config.beta,
+        loss_type=[config.loss_type],
+        label_smoothing=config.label_smoothing,
+        f_divergence_type=config.f_divergence,
+        precompute_ref_log_probs=config.precompute_ref_log_probs,
+        precompute_ref_batch_size=config.eval_batch_size,
+        eval_strategy="steps" if watch else "no",
+        eval_steps=config.save_steps,
+    )
+    trainer = EncoderDecoderDPOTrainer(
+        model,
+        arguments,
+        pairs["train"],
+        tokenizer,
+        config,
+        eval_dataset=pairs["validation"] if watch else None,
+        peft_config=_lora(config),
+        callbacks=[checkpoint_marker()],
+        optimizer_cls_and_kwargs=optimizer_choice(config),
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(config))
+    save_history(trainer, config)
+
+    folder, main = Path(config.output_dir), PartialState().is_main_process
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if config.lora_r:
+        if main:
+            model.save_pretrained(folder / "adapter")
+        model = model.merge_and_unload()
+    device = next(model.parameters()).device
+    chosen, rejected = pair_log_probs(model, pairs["test"], tokenizer, config.eval_batch_size)
+    reference = as_view(load_seq2seq(config.model)).to(device)
+    chosen_reference, rejected_reference = pair_log_probs(reference, pairs["test"], tokenizer, config.eval_batch_size)
+    if not (np.isfinite(chosen).all() and np.isfinite(rejected).all()):
+        raise UserError("learning_rate", config.learning_rate, "the policy gives NaN log-probabilities", "lower it")
+    if main:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    PartialState().wait_for_everyone()
+
+    tensors = map(torch.from_numpy, (chosen, rejected, chosen_reference, rejected_reference))
+    chosen_reward = config.beta * (chosen - chosen_reference)
+    rejected_reward = config.beta * (rejected - rejected_reference)
+    documents, summaries = (sum(c[what] for c in cut.values()) for what in ("documents", "summaries"))
+    total = sum(map(len, pairs.values()))
+    return {
+        "dpo/loss": dpo_loss(*tensors, beta=config.beta).mean().item(),
+        **with_interval("dpo/accuracy", wins(chosen_reward, rejected_reward)),
+        **with_interval("dpo/margin", chosen_reward - rejected_reward),
+        "dpo/pairs": float(len(chosen)),
+        "dpo/truncated_documents": documents / total,
+        "dpo/truncated_summaries": summaries / (2 * total),
+    }
+
+
+def _lora(config: DPOStageConfig):
+    if not config.lora_r:
+        return None
+    from peft import LoraConfig
+
+    # all-linear leaves the output head out, whose weight the fused loss reads directly.
+    return LoraConfig(
+        task_type="SEQ_2_SEQ_LM", r=config.lora_r, lora_alpha=config.lora_alpha, target_modules="all-linear"
+    )

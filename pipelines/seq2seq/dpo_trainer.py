@@ -1,0 +1,214 @@
+"""Direct Preference Optimization of an encoder-decoder on TRL's DPOTrainer.
+
+TRL's trainer reads causal language models. Three seams make it train an encoder-decoder: the models become views, the
+data are tokenized into source and completions, the collator lays them out decoder-side. Losses, f-divergences, LoRA
+references, cached references and logging stay TRL's.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from trl import DPOConfig, DPOTrainer
+
+from pipelines.seq2seq.collators import PAIR_COLUMNS, GroupedByLength, PairCollator, tokenize_pairs
+from pipelines.seq2seq.losses import sequence_sum, token_log_probs
+from pipelines.seq2seq.training import LengthConfig
+from pipelines.seq2seq.view import (
+    as_view,
+    decoder_start_id,
+    encode,
+    sequence_log_probs,
+    silence_dropout,
+    unwrap,
+)
+
+
+class EncoderDecoderDPOTrainer(GroupedByLength, DPOTrainer):
+    """TRL's DPOTrainer for encoder-decoder models; each source is encoded once for chosen and rejected.
+
+    Args:
+        model: an encoder-decoder; its class is swapped for its view. A PEFT model is taken too.
+        args: TRL's configuration. ``max_length`` has no meaning here: ``lengths`` rules.
+        train_dataset: with the text columns ``prompt``, ``chosen``, ``rejected``, or tokenized by ``tokenize_pairs``.
+        processing_class: the model's tokenizer.
+        lengths: prefix and lengths of the texts.
+        eval_dataset: as ``train_dataset``, or None.
+        ref_model: the reference; by default a copy of the model, or the model without its adapter under LoRA. Under
+            ``precompute_ref_log_probs`` the model itself before its first step, and no copy is kept.
+        peft_config: LoRA settings, or None.
+        callbacks: of the Trainer.
+        optimizer_cls_and_kwargs: of the Trainer.
+
+    Raises:
+        UserError: the model is no encoder-decoder that a view can be made of.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: DPOConfig,
+        train_dataset: Dataset,
+        processing_class: PreTrainedTokenizerBase,
+        lengths: LengthConfig,
+        *,
+        eval_dataset: Dataset | None = None,
+        ref_model: PreTrainedModel | None = None,
+        peft_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
+    ):
+        self.lengths = lengths
+        self._unchecked = True
+        as_view(model)
+        by_adapter = peft_config is not None or is_peft_model(model)
+        if ref_model is None and not by_adapter and not args.precompute_ref_log_probs:
+            # TRL would load the checkpoint again by name and put its fused head on the plain class.
+            ref_model = copy.deepcopy(model)
+        if ref_model is not None:
+            as_view(ref_model)
+            ref_model.requires_grad_(False).eval()
+        if args.disable_dropout:
+            # TRL's own switch misses dropout held as numbers: policy and reference would then differ from the start.
+            silence_dropout(model)
+            if ref_model is not None:
+                silence_dropout(ref_model)
+        args.max_length = None
+        super().__init__(
+            model=model,
+            ref_model=ref_model,
+            args=args,
+            data_collator=PairCollator(processing_class.pad_token_id, decoder_start_id(model)),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            peft_config=peft_config,
+        )
+        self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
+
+    def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: Any, dataset_name: str) -> Dataset:
+        # TRL joins prompt and completion into one string and looks for the boundary in the tokens afterwards; with two
+        # tensors there is none to look for.
+        if set(PAIR_COLUMNS) <= set(dataset.column_names):
+            return dataset
+        return tokenize_pairs(dataset, processing_class, self.lengths)[0]
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        # TRL keeps these in a cache file, for sets in memory in a temporary folder that outlives no run and is torn
+        # when killed. They are a deterministic function of the reference: here they stay in memory.
+        # Batches of like length: half the padding.
+        order = np.argsort([len(ids) for ids in dataset["prompt_ids"]], kind="stable")
+        loader = DataLoader(dataset.select(order), batch_size=batch_size, collate_fn=self.data_collator, shuffle=False)
+        model = self.ref_model or self.model
+        found: list[list[Tensor]] = [[], []]
+        for batch in self.accelerator.prepare(loader):
+            pair = self.accelerator.gather_for_metrics(self.compute_ref_log_probs(model, batch))
+            for column, values in zip(found, pair, strict=True):
+                column.append(values.float().cpu())
+        for column, values in zip(("ref_chosen_logps", "ref_rejected_logps"), found, strict=True):
+            in_order = np.empty(len(dataset), dtype=np.float32)
+            in_order[order] = torch.cat(values).numpy()
+            dataset = dataset.add_column(
+                column, in_order.tolist(), new_fingerprint=f"{dataset._fingerprint[:40]}-{column}"
+            )
+        return dataset
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        if self._unchecked:
+            self._check_log_probs(inputs)
+            self._unchecked = False
+        result = super()._compute_loss(model, inputs, return_outputs)
+        # A running count that no checkpoint holds: after a resume it would say something else.
+        self._metrics["train" if self.model.training else "eval"].pop("num_tokens", None)
+        return result
+
+    @torch.no_grad()
+    def _check_log_probs(self, inputs: dict[str, Tensor]) -> None:
+        """Compare the first pair's log-probabilities as TRL gets them with the plain model's teacher-forced ones.
+
+        The failures this trainer could have are silent (a completion scored without its source, against a shifted
+        label, through half a head: uniform entropy and a loss that falls all the same), so the first batch is proof.
+
+        Raises:
+            RuntimeError: they differ.
+        """
+        inner = unwrap(self.model)
+        if not inputs["completion_mask"].any(dim=1).all():
+            raise RuntimeError("a preference pair has a completion without a token")
+        weight = inner.get_output_embeddings().weight
+        if weight.numel() == 0 or isinstance(weight, torch.distributed.tensor.DTensor):
+            return  # parameters in shards: only the sharded model's own forward may touch them
+        training = inner.training
+        inner.eval()
+        rows = [0, len(inputs["input_ids"]) // 2]
+        batch = {name: inputs[name][rows] for name in ("input_ids", "attention_mask", "completion_mask")}
+        batch |= {name: inputs[name][:1] for name in ("encoder_input_ids", "encoder_attention_mask")}
+        ids, mask = batch["input_ids"], batch.pop("completion_mask")
+        with self.compute_loss_context_manager():
+            labels = ids.masked_fill(mask == 0, -100)
+            fused = inner(**batch, labels=labels, fused_lm_head=True, use_cache=False).log_probs
+            plain = inner._plain_class.forward(
+                inner,
+                **{inner.main_input_name: batch["encoder_input_ids"].repeat(2, 1)},
+                attention_mask=batch["encoder_attention_mask"].repeat(2, 1),
+                decoder_input_ids=ids[:, :-1],
+                use_cache=False,
+            ).logits
+        inner.train(training)
+        wanted = token_log_probs(plain, ids[:, 1:]) * mask[:, 1:]
+        exact = plain.dtype == torch.float32
+        if not torch.allclose(fused.float(), wanted, rtol=1e-3 if exact else 0.1, atol=1e-3 if exact else 0.3):
+            gap = (fused.float() - wanted).abs().max().item()
+            raise RuntimeError(f"log-probabilities differ from those of {type(inner).__name__} itself by {gap:.3g}")
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the card is written when the model is published, not into every checkpoint."""
+
+    def _send_telemetry(self) -> None:
+        """Nothing is sent."""
+
+
+def pair_log_probs(
+    model: nn.Module, pairs: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """log π(y | x) of chosen and rejected completions in fp32, summed over tokens.
+
+    Args:
+        model: a view or a PEFT model around one; put into evaluation mode.
+        pairs: N tokenized pairs.
+        tokenizer: for its padding id.
+        batch_size: pairs in one pass.
+
+    Returns:
+        chosen and rejected, (N,) float64 each, in the order of ``pairs``.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    collate = PairCollator(tokenizer.pad_token_id, decoder_start_id(model))
+    order = sorted(range(len(pairs)), key=lambda index: len(pairs[index]["prompt_ids"]))
+    found = np.empty((2, len(pairs)))
+    with torch.no_grad():
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            batch = {name: value.to(device) for name, value in collate([pairs[row] for row in rows]).items()}
+            states = encode(model, batch["encoder_input_ids"], batch["encoder_attention_mask"])
+            mask = batch["completion_mask"][:, 1:]
+            log_probs = sequence_log_probs(
+                model,
+                states,
+                batch["encoder_attention_mask"],
+                batch["input_ids"][:, 1:],
+                mask,
+                order="sample-major",
+            )
+            found[:, rows] = sequence_sum(log_probs, mask).view(2, -1).cpu().numpy()
+    return found[0], found[1]

@@ -1,0 +1,170 @@
+"""The reward stage: fit a reward model to preferences and measure it on held-out pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from pipelines.config import INERT, Problem, Source, config
+from pipelines.corpus.fields import PreferenceFields
+from pipelines.errors import UserError
+from pipelines.seq2seq.training import LengthConfig, TrainingConfig
+
+
+@config
+class RewardConfig(PreferenceFields, LengthConfig, TrainingConfig):
+    """Train a reward model on preference pairs: the encoder reads the document, the decoder each summary."""
+
+    output_dir: str = Field("runs/reward", description="folder the stage writes into", json_schema_extra=INERT)
+    model: Source = Field(description="encoder-decoder to start from, usually the supervised fine-tuned one")
+    use_margin: bool = Field(False, description="ask for a score difference above the pair's stored margin × scale")
+    margin_scale: float = Field(0.1, gt=0, description="what a margin of 1 is worth in scores, with use_margin=true")
+    centre: float = Field(0.0, ge=0, description="weight of the term that keeps the scores of a pair centred on 0")
+    dropout: bool = Field(True, description="train with the dropout of the model's configuration")
+    keep: Literal["last", "best"] = Field(
+        "last", description="last: the model after the last step; best: that of lowest loss on the validation pairs"
+    )
+    calibration_bins: int = Field(10, ge=2, le=100, description="bins of calibration.json")
+    learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
+    epochs: float = Field(1.0, gt=0, description="passes over the pairs; more than one or two overfit")
+
+    def problems(self) -> list[Problem]:
+        found = super().problems()
+        if self.use_margin and self.centre:
+            mend = "set one of them to its default"
+            found.append(Problem("use_margin", True, "margin and centre pull scores apart and together", mend))
+        return found
+
+
+def reward(config: RewardConfig) -> dict[str, float]:
+    """Train a reward model and measure it.
+
+    Writes the model, its tokenizer, ``log_history.json`` and ``calibration.json`` into ``config.output_dir``.
+
+    Returns:
+        ``reward/accuracy`` (share of held-out pairs ranked right, with its interval), ``reward/train_accuracy``,
+        ``reward/loss`` (held-out Bradley–Terry loss in nats), ``reward/calibration_error``, ``reward/length_accuracy``
+        (the baseline "the longer summary wins"), ``reward/pairs`` and the shares of texts that were cut.
+
+    Raises:
+        UserError: from the model, the tokenizer or the data; or a loss that is not finite.
+    """
+    import numpy as np
+    import torch
+    from accelerate import PartialState
+    from transformers import TrainingArguments, set_seed
+
+    from pipelines.corpus import load_preferences
+    from pipelines.seq2seq.collators import tokenize_pairs
+    from pipelines.seq2seq.losses import bradley_terry_loss
+    from pipelines.seq2seq.metrics import with_interval
+    from pipelines.seq2seq.models import load_tokenizer
+    from pipelines.seq2seq.reward_model import EncoderDecoderRewardModel
+    from pipelines.seq2seq.reward_trainer import RewardTrainer, calibration, score_pairs
+    from pipelines.seq2seq.training import (
+        checkpoint_marker,
+        last_checkpoint,
+        optimizer_choice,
+        save_history,
+        training_arguments,
+    )
+    from pipelines.seq2seq.view import silence_dropout
+    from pipelines.stage import write_json
+
+    set_seed(config.seed)
+    tokenizer = load_tokenizer(config.model, field="model")
+    model = EncoderDecoderRewardModel.from_seq2seq(config.model, config)
+    if not config.dropout:
+        silence_dropout(model)
+    texts = load_preferences(config)
+    if config.use_margin:
+        texts = _scaled_margins(texts, config.margin_scale)
+    keep = ("margin",) if config.use_margin else ()
+    pairs, cut = {}, {}
+    for split in ("train", "validation", "test"):
+        pairs[split], cut[split] = tokenize_pairs(texts[split], tokenizer, config, keep=keep)
+
+    watch = len(pairs["validation"]) > 0
+    if config.keep == "best" and not watch:
+        raise UserError("keep", "best", "there are no validation pairs to choose by", "give keep=last")
+    arguments = training_arguments(
+        config,
+        TrainingArguments,
+        eval_strategy="steps" if watch else "no",
+        eval_steps=config.save_steps,
+        load_best_model_at_end=config.keep == "best",
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+    )
+    trainer = RewardTrainer(
+        model,
+        arguments,
+        pairs["train"],
+        pairs["validation"] if watch else None,
+        tokenizer,
+        use_margin=config.use_margin,
+        centre=config.centre,
+        callbacks=[checkpoint_marker()],
+        optimizer_cls_and_kwargs=optimizer_choice(config),
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(config))
+    save_history(trainer, config)
+
+    folder, main = Path(config.output_dir), PartialState().is_main_process
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    chosen, rejected = score_pairs(model, pairs["test"], tokenizer.pad_token_id, config.eval_batch_size)
+    train_chosen, train_rejected = score_pairs(
+        model,
+        pairs["train"].select(range(min(1000, len(pairs["train"])))),
+        tokenizer.pad_token_id,
+        config.eval_batch_size,
+    )
+    if not (np.isfinite(chosen).all() and np.isfinite(rejected).all()):
+        raise UserError("learning_rate", config.learning_rate, "the reward model gives NaN scores", "lower it")
+    bins, calibration_error = calibration(chosen, rejected, config.calibration_bins)
+    if main:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_json(folder / "calibration.json", bins)
+    PartialState().wait_for_everyone()
+
+    lengths = [np.array([len(text.split()) for text in texts["test"][side]]) for side in ("chosen", "rejected")]
+    loss = bradley_terry_loss(torch.from_numpy(chosen), torch.from_numpy(rejected)).mean().item()
+    documents, summaries = (sum(c[what] for c in cut.values()) for what in ("documents", "summaries"))
+    total = sum(map(len, pairs.values()))
+    return {
+        **with_interval("reward/accuracy", _right(chosen, rejected)),
+        **with_interval("reward/length_accuracy", _right(*lengths)),
+        "reward/train_accuracy": float(_right(train_chosen, train_rejected).mean()),
+        "reward/loss": loss,
+        "reward/calibration_error": calibration_error,
+        "reward/pairs": float(len(chosen)),
+        "reward/truncated_documents": documents / total,
+        "reward/truncated_summaries": summaries / (2 * total),
+    }
+
+
+def _right(chosen, rejected):
+    """(N,) 1 where the chosen one is above, 0 where below, 1/2 at a tie."""
+    from pipelines.seq2seq.metrics import wins
+
+    return wins(chosen, rejected)
+
+
+def _scaled_margins(texts, scale: float):
+    """The sets with their ``margin`` times ``scale``.
+
+    Raises:
+        UserError: the preferences have no margin.
+    """
+    if "margin" not in texts["train"].column_names:
+        mend = "give use_margin=false, or preferences with a margin column"
+        raise UserError("use_margin", True, "the preferences have no column margin", mend)
+    return type(texts)(
+        {
+            name: split.remove_columns("margin").add_column("margin", [scale * value for value in split["margin"]])
+            for name, split in texts.items()
+        }
+    )

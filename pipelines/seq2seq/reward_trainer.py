@@ -1,0 +1,159 @@
+"""Training a reward model on preferences: transformers' Trainer with the Bradley–Terry loss.
+
+TRL's RewardTrainer reads prompt and completion as one sequence of a classifier, which an encoder-decoder is not; all it
+would give here is the Trainer, so this stands on that directly. Chosen and rejected share one encoding of the document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+
+from pipelines.seq2seq.collators import PAIR_COLUMNS, GroupedByLength, PairCollator
+from pipelines.seq2seq.losses import bradley_terry_loss
+from pipelines.seq2seq.reward_model import EncoderDecoderRewardModel, score_tokens
+
+
+class RewardTrainer(GroupedByLength, Trainer):
+    """Fits a reward model to preference pairs.
+
+    Args:
+        model: the reward model.
+        args: transformers' training arguments.
+        train_dataset: tokenized pairs (``tokenize_pairs``), with a ``margin`` column where ``use_margin``.
+        eval_dataset: the same, or None.
+        processing_class: the tokenizer, saved with checkpoints.
+        use_margin: take the ``margin`` column as Bradley–Terry margin.
+        centre: weight of the centring term.
+        callbacks: of the Trainer.
+    """
+
+    # The loss is a mean over the batch: the Trainer divides it by the accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: EncoderDecoderRewardModel,
+        args: TrainingArguments,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None,
+        processing_class: PreTrainedTokenizerBase,
+        *,
+        use_margin: bool = False,
+        centre: float = 0.0,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
+    ):
+        self.use_margin = use_margin
+        self.centre = centre
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=PairCollator(processing_class.pad_token_id, model.config.decoder_start_token_id),
+            compute_metrics=_pair_metrics,
+            callbacks=callbacks,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+        )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = [*PAIR_COLUMNS, "margin"]
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        inputs = {name: value for name, value in inputs.items() if name != "completion_mask"}
+        margin = inputs.pop("margin", None) if self.use_margin else None
+        chosen, rejected = model(**inputs).logits.chunk(2)
+        loss = bradley_terry_loss(chosen, rejected, margin=margin, centre=self.centre).mean()
+        return (loss, torch.stack([chosen, rejected], dim=1)) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, scores = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss, None, None
+        # The Trainer calls compute_metrics only where there are labels; a pair's label is its order.
+        return loss, scores, torch.ones(len(scores), device=scores.device)
+
+
+def _pair_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    chosen, rejected = np.asarray(prediction.predictions, dtype=float).T
+    return {
+        "accuracy": float(np.mean(chosen > rejected)),
+        "margin": float(np.mean(chosen - rejected)),
+        "score": float(np.mean((chosen + rejected) / 2)),
+    }
+
+
+def score_pairs(
+    model: EncoderDecoderRewardModel, pairs: Dataset, pad_id: int, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of tokenized pairs in fp32, each document encoded once.
+
+    Args:
+        model: the reward model; it is put into evaluation mode.
+        pairs: N tokenized pairs.
+        pad_id: padding id.
+        batch_size: pairs in one pass.
+
+    Returns:
+        chosen and rejected scores, (N,) float64 each.
+    """
+    count = len(pairs)
+    summaries: Sequence[Sequence[int]] = [*pairs["chosen_ids"], *pairs["rejected_ids"]]
+    owner = [*range(count), *range(count)]
+    scores = score_tokens(model, list(pairs["prompt_ids"]), summaries, owner, pad_id, 2 * batch_size)
+    return np.array(scores[:count]), np.array(scores[count:])
+
+
+def calibration(chosen: np.ndarray, rejected: np.ndarray, bins: int = 10) -> tuple[list[dict[str, float]], float]:
+    """How far the model's confidence in its verdicts agrees with how often they are right.
+
+    The confidence in a verdict is σ(|r_w − r_l|) in [0.5, 1], cut into bins of equal width; a verdict is right where
+    r_w > r_l, half right at a tie. The interval of a bin is Wilson's (1927) at 95 %.
+
+    Args:
+        chosen: (N,) scores of the preferred summaries.
+        rejected: (N,) scores of the others.
+        bins: how many.
+
+    Returns:
+        The non-empty bins as ``{"predicted", "observed", "low", "high", "count"}``, and the expected calibration error
+        Σ (n_b / N)·|observed_b − predicted_b| (Naeini et al. 2015).
+    """
+    difference = np.asarray(chosen, dtype=float) - np.asarray(rejected, dtype=float)
+    confidence = F.sigmoid(torch.from_numpy(np.abs(difference))).numpy()
+    right = np.where(difference > 0, 1.0, np.where(difference < 0, 0.0, 0.5))
+    place = np.clip(((confidence - 0.5) * 2 * bins).astype(int), 0, bins - 1)
+    found, error = [], 0.0
+    for index in range(bins):
+        inside = place == index
+        count = int(inside.sum())
+        if not count:
+            continue
+        predicted, observed = float(confidence[inside].mean()), float(right[inside].mean())
+        low, high = wilson_interval(observed, count)
+        found.append({"predicted": predicted, "observed": observed, "low": low, "high": high, "count": count})
+        error += count / len(difference) * abs(observed - predicted)
+    return found, error
+
+
+def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval (1927) of a share of ``count`` trials, at 95 % by default."""
+    centre = share + z**2 / (2 * count)
+    spread = z * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
+    scale = 1 + z**2 / count
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
