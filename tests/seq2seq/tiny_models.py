@@ -1,0 +1,119 @@
+"""Tiny random encoder-decoders of several families, and preference pairs, for the tests of this folder."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+import transformers
+
+VOCABULARY = 50
+_T5 = {
+    "vocab_size": VOCABULARY,
+    "d_model": 16,
+    "d_kv": 4,
+    "d_ff": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+    "dropout_rate": 0.1,
+}
+_BART = {
+    "vocab_size": VOCABULARY,
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "forced_eos_token_id": 1,
+    "decoder_start_token_id": 1,
+    "encoder_layerdrop": 0.1,
+    "decoder_layerdrop": 0.1,
+}
+_GEMMA = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+}
+FAMILIES = ("t5", "t5-untied", "mt5", "bart", "pegasus", "marian", "t5gemma")
+
+
+def tiny(family: str, seed: int = 0) -> transformers.PreTrainedModel:
+    """A random model of a family in evaluation mode; no part of its path to the logits is neutral."""
+    t = transformers
+    torch.manual_seed(seed)
+    if family == "t5":
+        model = t.T5ForConditionalGeneration(t.T5Config(**_T5))
+    elif family == "t5-untied":
+        model = t.T5ForConditionalGeneration(
+            t.T5Config(**_T5, tie_word_embeddings=False, feed_forward_proj="gated-gelu")
+        )
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    elif family == "mt5":
+        model = t.MT5ForConditionalGeneration(t.MT5Config(**_T5))
+    elif family == "bart":
+        model = t.BartForConditionalGeneration(t.BartConfig(**_BART))
+    elif family == "pegasus":
+        model = t.PegasusForConditionalGeneration(t.PegasusConfig(**_BART))
+    elif family == "marian":
+        model = t.MarianMTModel(t.MarianConfig(**_BART))
+    elif family == "t5gemma":
+        model = t.T5GemmaForConditionalGeneration(
+            t.T5GemmaConfig(encoder=_GEMMA, decoder=_GEMMA, vocab_size=VOCABULARY)
+        )
+    else:
+        raise ValueError(family)
+    if hasattr(model, "final_logits_bias"):
+        model.final_logits_bias.normal_()
+    return model.eval()
+
+
+def tiny_batch(left: bool = False) -> tuple[torch.Tensor, ...]:
+    """Two ragged sources (padded on the left or right) and six ragged completions: ids and masks of both."""
+    generator = torch.Generator().manual_seed(3)
+    source = torch.randint(3, VOCABULARY, (2, 9), generator=generator)
+    source_mask = torch.ones_like(source)
+    source_mask[1, :4] = 0
+    if not left:
+        source_mask = source_mask.flip(1)
+    completion = torch.randint(3, VOCABULARY, (6, 5), generator=generator)
+    lengths = torch.tensor([5, 3, 1, 4, 5, 2])
+    completion_mask = (torch.arange(5) < lengths[:, None]).long()
+    return source * source_mask, source_mask, completion * completion_mask, completion_mask
+
+
+def save_pairs(folder: Path, corpus: Path) -> Path:
+    """Preference pairs from the tiny corpus: the reference against another row's with words added, always longer."""
+    from datasets import Dataset, DatasetDict, load_from_disk
+
+    draw = random.Random(5)
+    splits = {}
+    for name, rows in load_from_disk(str(corpus)).items():
+        others = rows["summary"]
+        splits[name] = Dataset.from_list(
+            [
+                {
+                    "id": row["id"],
+                    "prompt": row["document"],
+                    "chosen": row["summary"],
+                    "rejected": f"{draw.choice(others)} {draw.choice(['file', 'table graph', 'token'])}",
+                    "chosen_score": 1.0,
+                    "rejected_score": 0.0,
+                    "margin": 1.0,
+                }
+                for row in rows
+            ]
+        )
+    DatasetDict(splits).save_to_disk(str(folder))
+    return folder
