@@ -3,7 +3,7 @@
 Gumbel-max: argmax_j (logit_j / τ + g_j) with independent standard Gumbel g_j is a draw from softmax(logits / τ) (Gumbel
 1954; Maddison et al. 2014). The g_j come from a counter-based generator, a hash of what identifies the draw (Salmon et
 al. 2011), not from a stateful one: the same completions come whatever the batch, the padding, the number of processes,
-or where a run was interrupted. (Logits that differ in rounding between batch shapes can flip a draw only at a near tie.)
+or where a run was interrupted. (Rounding that differs between batch shapes can flip a draw only at a near tie.)
 """
 
 from __future__ import annotations

@@ -61,7 +61,8 @@ def test_rare_tokens_keep_their_probability():
 
 def test_uniforms_are_uniform_and_uncorrelated():
     numbers = uniforms(keys(512), 0, 512)
-    assert float(numbers.min()) > 0 and float(numbers.max()) <= 1
+    assert float(numbers.min()) > 0
+    assert float(numbers.max()) <= 1
     counts = torch.histc(numbers, 256, 0, 1)
     expected = numbers.numel() / 256
     assert float(((counts - expected) ** 2 / expected).sum()) < chi_square_bound(255)
@@ -83,11 +84,11 @@ def test_prompt_keys_are_fixed_by_the_id():
 def tiny(kind: str):
     torch.manual_seed(0)
     if kind == "t5":
-        shape = dict(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
+        shape = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
         return as_view(T5ForConditionalGeneration(T5Config(vocab_size=40, **shape))).eval()
-    shape = dict(encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32)
-    heads = dict(encoder_attention_heads=2, decoder_attention_heads=2, forced_eos_token_id=None)
-    special = dict(eos_token_id=EOS, pad_token_id=PAD, bos_token_id=2, decoder_start_token_id=2)
+    shape = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "forced_eos_token_id": None}
+    special = {"eos_token_id": EOS, "pad_token_id": PAD, "bos_token_id": 2, "decoder_start_token_id": 2}
     return as_view(BartForConditionalGeneration(BartConfig(vocab_size=40, d_model=16, **shape, **heads, **special)))
 
 
@@ -109,7 +110,7 @@ def batch(lengths: list[int], width: int):
 @torch.no_grad()
 def draw(model, ids, mask, prompts, samples, length=24):
     sampler = GumbelSampler(5, prompts.repeat_interleave(samples), torch.arange(samples).repeat(len(prompts)), step=2)
-    special = dict(eos_token_id=EOS, pad_token_id=PAD)
+    special = {"eos_token_id": EOS, "pad_token_id": PAD}
     states = encode(model, ids, mask)
     return sampler, sample_completions(model, states, mask, sampler, samples=samples, max_new_tokens=length, **special)
 
@@ -145,7 +146,7 @@ def test_a_draw_depends_on_its_key_alone(model):
     _, (padded, _) = draw(model, wider, wider_mask, torch.arange(4), samples=3)
     assert padded.tolist() == whole.tolist()
     chosen = torch.tensor([2, 0])
-    _, (part, part_mask) = draw(model, ids[chosen], mask[chosen], chosen, samples=2)
+    _, (part, _part_mask) = draw(model, ids[chosen], mask[chosen], chosen, samples=2)
     expected = whole.view(4, 3, -1)[chosen, :2].reshape(4, -1)[:, : part.shape[1]]
     assert part.tolist() == expected.tolist()
     assert len({tuple(row) for row in whole.tolist()}) == len(whole), "completions of a source must differ"
