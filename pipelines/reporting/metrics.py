@@ -63,10 +63,18 @@ MEASURES: dict[str, Measure] = {
     "proxy": Measure("Proxy reward", digits=2, signed=True),
     "gold_win_rate": _percent("Gold win rate vs SFT"),
     "kl": Measure("KL to SFT", "nats", digits=2),
-    "accuracy": _percent("Accuracy"),
-    "ece": _percent("Calibration error"),
-    "brier": Measure("Brier score", digits=3),
-    "perplexity": Measure("Perplexity", digits=1),
+    "accuracy": _percent("Pairs ranked right"),
+    "train_accuracy": _percent("Training pairs ranked right"),
+    "length_accuracy": _percent("Baseline: the longer one wins"),
+    "calibration_error": _percent("Calibration error"),
+    "loss": Measure("Loss", "nats", digits=3),
+    "eval_loss": Measure("Held-out loss", "nats", digits=3),
+    "train_loss": Measure("Training loss", "nats", digits=3),
+    "eval_perplexity": Measure("Held-out perplexity", digits=1),
+    "truncated_sources": _percent("Sources cut"),
+    "truncated_targets": _percent("Targets cut"),
+    "truncated_documents": _percent("Documents cut"),
+    "truncated_summaries": _percent("Summaries cut"),
 }
 
 

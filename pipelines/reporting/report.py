@@ -71,7 +71,7 @@ def duration(seconds: float | None) -> str:
     """``9 s``, ``3 min 12 s`` or ``2 h 05 min``; empty for None."""
     if seconds is None:
         return ""
-    if seconds < 60:
+    if round(seconds) < 60:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -98,7 +98,7 @@ def loss_history(steps: int, start: float, end: float, rng: random.Random, *, pr
 
 
 def predictions(count: int, rng: random.Random) -> list[dict]:
-    words = list(DOCUMENT.replace(",", " ").split())
+    words = ["Return", "compute", "the", "a", "of", "array", "index", "frame", "parse", "config", "value", "path"]
     rows = []
     for n in range(count):
         texts = {
@@ -156,7 +156,7 @@ def write_run(folder: Path, *, rollouts: int = 150, examples: int = 60, hostile:
     metrics = {
         "corpus": {"corpus/train": 16213, "corpus/leaked_share": 0.0021},
         "tokenizer": {"tokenizer/vocabulary": 8192},
-        "sft": {"sft/eval_loss": 2.31, "sft/documents_truncated": 0.0731},
+        "sft": {"sft/eval_loss": 2.31, "sft/truncated_sources": 0.0731, "sft/truncated_targets": 0.0002},
         "preferences": {"preferences/pairs": 11520, "preferences/ties": 0.08},
         "reward": mean("reward/accuracy", 0.613, 0.018) | {"reward/eval_loss": 0.66},
         "ppo": {"ppo/rollouts": rollouts},
