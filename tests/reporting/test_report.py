@@ -207,9 +207,7 @@ def test_settings_that_differ_stand_in_a_table(run: Path, tmp_path: Path) -> Non
     assert re.search(r"<th scope=\"row\">PPO</th><td>1</td><td>0.9</td>", text)
 
 
-def test_a_report_that_cannot_be_written_leaves_the_old_one(
-    run: Path, text: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_the_old_report(run: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -256,9 +254,9 @@ def test_folders_that_are_no_run(tmp_path: Path) -> None:
     [
         (None, ""),
         (0.0, "0.0 s"),
-        (9.96, "10.0 s"),
+        (9.94, "9.9 s"),
         (59.4, "59 s"),
-        (59.9, "60 s"),
+        (59.9, "1 min 00 s"),
         (192, "3 min 12 s"),
         (7500, "2 h 05 min"),
     ],
