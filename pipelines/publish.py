@@ -24,6 +24,7 @@ IGNORED = (
     "stage.json",
     "log_history.json",
     "predictions.jsonl",
+    "samples.jsonl",
     "*events.out.tfevents.*",
     ".*",
     "*/.*",

@@ -246,7 +246,7 @@ def forest(
 
 
 def calibration(name: str, bins: Sequence[dict], alt: str) -> str:
-    """Predicted against observed frequency with intervals, and the diagonal of a calibrated model, as SVG.
+    """Confidence against the share that is right, with intervals, and the diagonal of a calibrated model, as SVG.
 
     Args:
         name: the figure's name.
@@ -265,6 +265,6 @@ def calibration(name: str, bins: Sequence[dict], alt: str) -> str:
         low = min([*x, *(b["low"] for b in bins), 0.45])
         axis.set_xlim(max(0.0, low - 0.05), 1.02)
         axis.set_ylim(max(0.0, low - 0.05), 1.02)
-        axis.set_xlabel("predicted probability that the chosen summary is better")
-        axis.set_ylabel("observed share")
+        axis.set_xlabel("the model's confidence in its verdict")
+        axis.set_ylabel("share of verdicts that are right")
         return svg(figure, name, alt)

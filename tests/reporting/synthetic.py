@@ -180,8 +180,10 @@ def write_run(folder: Path, *, rollouts: int = 150, examples: int = 60, hostile:
         for p in (0.52, 0.58, 0.66, 0.74, 0.83, 0.92)
     ]
     write(folder / "reward" / "calibration.json", bins)
-    stats = {"splits": {"train": 16213, "validation": 800, "test": 800}, "packages": {"held_out": ["rich", "networkx"]}}
-    write(folder / "corpus" / "stats.json", stats | {"leaked_share": 0.0021, "seconds": None})
+    words = {"mean": 61.24, "median": 50, "p95": 160, "largest": 256}
+    splits = {s: {"examples": n, "document_words": words} for s, n in (("train", 16213), ("test", 800))}
+    packages = {f"package-{n}": {"version": "1.0", "split": "train", "kept": n} for n in range(40)}
+    write(folder / "corpus" / "stats.json", {"splits": splits, "packages": packages, "leaked_share": 0.0021})
     rows = predictions(examples, rng)
     if hostile:
         for row in rows[::6]:

@@ -130,6 +130,13 @@ def test_the_examples_are_drawn_with_the_seed(run: Path, text: str) -> None:
     assert shown == drawn
 
 
+def test_the_corpus_is_a_row_for_each_split(text: str) -> None:
+    row = re.search(r'<tr><th scope="row">train</th>(.*?)</tr>', text).group(1)
+    assert row == "<td>16\u202f213</td><td>61.2<small>median 50, p95 160, largest 256</small></td>"
+    assert "<summary>40 packages</summary>" in text
+    assert re.search(r'<th scope="row">leaked share</th><td>0.0021</td>', text)
+
+
 def test_rollouts_and_the_verdict_on_them(run: Path, tmp_path: Path) -> None:
     stage = read_run(run).of_kind("ppo")[0]
     number, kl = rollouts(stage, "objective/kl")
