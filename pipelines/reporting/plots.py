@@ -146,7 +146,7 @@ def new_figure(
     return figure, list(axes)
 
 
-def lines(name: str, panels: Sequence[Panel], xlabel: str, alt: str, *, log_y: bool = False) -> str:
+def lines(name: str, panels: Sequence[Panel], xlabel: str, alt: str) -> str:
     """Curves in panels that share the horizontal axis, as SVG."""
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(len(panels), height=2.6 if len(panels) == 1 else 1.75 * len(panels), sharex=True)
@@ -156,8 +156,6 @@ def lines(name: str, panels: Sequence[Panel], xlabel: str, alt: str, *, log_y: b
             axis.set_ylabel(panel.ylabel)
             axis.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
             axis.margins(x=0.02)
-            if log_y:
-                axis.set_yscale("log")
             if panel.zero:
                 axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
             if any(s.label for s in panel.series):
