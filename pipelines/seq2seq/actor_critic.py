@@ -71,10 +71,10 @@ class ActorCritic(nn.Module):
         """The policy's configuration."""
         return unwrap(self.policy).config
 
-    def gradient_checkpointing_enable(self, **options: Any) -> None:
+    def activation_checkpointing_enable(self, **options: Any) -> None:
         """Recompute activations in the backward pass, in policy and critic."""
         for model in filter(None, (self.policy, self.critic)):
-            model.gradient_checkpointing_enable(**options)
+            model.activation_checkpointing_enable(**options)
 
     def value_parameters(self) -> list[nn.Parameter]:
         """What belongs to the critic alone."""

@@ -27,7 +27,7 @@ class PPOArguments(TrainingArguments):
     gamma: float = 1.0
     lam: float = 0.95
     clip_range: float = 0.2
-    value_clip_range: float = 0.2
+    value_clip_range: float = 0.0
     value_coefficient: float = 0.1
     value_learning_rate: float | None = None
     entropy_coefficient: float = 0.0

@@ -1,8 +1,8 @@
 """The mathematics of PPO for sequences in pure functions: tensors in, tensors out, no model, no trainer.
 
 Everything is fp32. R is the number of completions, T the longest; ``mask`` (R, T) is 1 on a completion's tokens, its
-end token included, and 0 after them. Position t is the *action* y_t taken in the *state* (x, y_<t); ``values[:, t]`` is the
-critic's estimate in that state, before y_t is known. Log-probabilities, entropies and divergences are in nats.
+end token included, and 0 after them. Position t is the *action* y_t taken in the *state* (x, y_<t); ``values[:, t]``
+is the critic's estimate in that state, before y_t is known. Log-probabilities, entropies and divergences are in nats.
 """
 
 from __future__ import annotations
