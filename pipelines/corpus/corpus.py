@@ -27,10 +27,10 @@ def corpus(config: CorpusConfig) -> dict[str, float]:
     """Saves the normalized corpus (``save_to_disk``) and ``stats.json`` into ``output_dir``.
 
     Returns:
-        For each split its size, ``corpus/<split>_examples``; over the training set the mean number of words of documents
-        and summaries, ``corpus/document_words`` and ``corpus/summary_words``, and of references,
-        ``corpus/references``; ``corpus/duplicate_rate``, the share of held-out documents that also stand in the training
-        set; for ``pydocs`` also ``corpus/packages``, ``corpus/leak_rate_before`` and ``corpus/leak_rate`` (see
+        For each split its size, ``corpus/<split>_examples``; over the training set the mean number of words of
+        documents and summaries, ``corpus/document_words`` and ``corpus/summary_words``, and of references,
+        ``corpus/references``; ``corpus/duplicate_rate``, the share of held-out documents that also stand in the
+        training set; for ``pydocs`` also ``corpus/packages``, ``corpus/leak_rate_before`` and ``corpus/leak_rate`` (see
         ``pydocs.build``).
 
     Raises:

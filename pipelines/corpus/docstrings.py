@@ -118,8 +118,8 @@ def _stem(word: str) -> str:
 
 # fmt: off
 _EMPTY_WORDS = frozenset((
-    "a", "an", "the", "this", "that", "it", "its", "of", "for", "to", "in", "on", "with", "from", "by", "as", "at", "and",
-    "or", "is", "be", "return", "get", "set", "class", "method", "function",
+    "a", "an", "the", "this", "that", "it", "its", "of", "for", "to", "in", "on", "with", "from", "by", "as", "at",
+    "and", "or", "is", "be", "return", "get", "set", "class", "method", "function",
 ))
 # fmt: on
 

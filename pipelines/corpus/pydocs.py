@@ -218,8 +218,8 @@ def build(
 
     Returns:
         Split name -> examples ``{id, document, summary, references, name}``; and figures: ``packages`` (name ->
-        version, split and examples kept), ``extracted`` (before deduplication), ``leak_rate_before`` and ``leak_rate`` (share of
-        held-out examples that repeat training text, before and after those were dropped).
+        version, split and examples kept), ``extracted`` (before deduplication), ``leak_rate_before`` and ``leak_rate``
+        (share of held-out examples that repeat training text, before and after those were dropped).
 
     Raises:
         UserError: a split has no example, since none of its packages is installed.
