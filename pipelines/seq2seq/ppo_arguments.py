@@ -49,6 +49,8 @@ class PPOArguments(TrainingArguments):
         self.max_steps = self.rollouts * self.steps_per_rollout
         # The rollout's own record is the log: the Trainer's running averages would not survive a resume.
         self.logging_strategy = "no"
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every trained weight is used in every forward
         super().__post_init__()
 
     @property

@@ -114,6 +114,9 @@ def main(folder: Path) -> None:
     options = {"rollouts": 4, "kl_target": 0.5, "kl_horizon": 100, "save_strategy": "steps", "save_steps": 3}
     trainer = make_trainer(folder, callbacks=[checkpoint_marker()], **options)
     trainer.train(resume_from_checkpoint=last_checkpoint(StageConfig(output_dir=str(folder)), folder="."))
+    if not trainer.is_world_process_zero():
+        return
+    (folder / "world").write_text(str(trainer.accelerator.num_processes))
     weights = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     safetensors.torch.save_file(weights, folder / "result.safetensors")
     history = [entry for entry in trainer.state.log_history if "rollout" in entry]

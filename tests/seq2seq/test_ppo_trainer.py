@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from ppo_environment import VOCABULARY, make_policy, make_trainer
 from transformers import T5ForConditionalGeneration, TrainerCallback
@@ -271,6 +272,25 @@ def test_resume_after_kill_9_is_exact(tmp_path):
     assert start(folder).wait(300) == 0
     for name in ("result.safetensors", "history.json", "samples.jsonl"):
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(tmp_path):
+    """The same rollouts, the same statistics, the same update to rounding, with every mini-batch shared by two."""
+    script = Path(__file__).with_name("ppo_environment.py")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "ACCELERATE_USE_CPU": "true"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for name, start in (("one", [sys.executable]), ("two", launch)):
+        done = subprocess.run([*start, script, tmp_path / name], env=environment, capture_output=True, timeout=300)
+        assert done.returncode == 0, done.stderr.decode()[-2000:]
+    one, two = (safetensors.torch.load_file(tmp_path / name / "result.safetensors") for name in ("one", "two"))
+    assert (tmp_path / "two" / "world").read_text() == "2"
+    for name in one:
+        assert torch.allclose(one[name], two[name], atol=1e-5), name
+    assert (tmp_path / "one" / "samples.jsonl").read_text() == (tmp_path / "two" / "samples.jsonl").read_text()
+    histories = [json.loads((tmp_path / name / "history.json").read_text()) for name in ("one", "two")]
+    for first, second in zip(*histories, strict=True):
+        assert first == pytest.approx(second, abs=1e-5)
 
 
 def test_too_few_sources_and_sizes_that_do_not_divide_are_refused(tmp_path):
