@@ -16,6 +16,7 @@ from pathlib import Path
 from pipelines.errors import UserError
 
 LOW, HIGH = "_ci_low", "_ci_high"
+MINUS = "_minus_"  # sft/rouge1_minus_lead1: a paired difference
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,13 @@ MEASURES: dict[str, Measure] = {
     "rougeLsum": Measure("ROUGE-Lsum", digits=1),
     "length": Measure("Length", "words", digits=1),
     "compression": Measure("Compression", digits=2),
+    "novel_unigrams": _percent("Novel words"),
     "novel_bigrams": _percent("Novel bigrams"),
     "repetition": _percent("Repetition"),
     "gold": Measure("Gold score", digits=1),
     "proxy": Measure("Proxy reward", digits=2, signed=True),
-    "gold_win_rate": _percent("Gold win rate vs SFT"),
-    "kl": Measure("KL to SFT", "nats", digits=2),
+    "gold_win_rate": _percent("Gold win rate"),
+    "kl": Measure("KL", "nats", digits=2),
     "accuracy": _percent("Pairs ranked right"),
     "train_accuracy": _percent("Training pairs ranked right"),
     "length_accuracy": _percent("Baseline: the longer one wins"),
@@ -89,6 +91,8 @@ class Estimate:
 def measure_of(key: str) -> Measure:
     """The measure of a metrics key, by its last part; an unknown one goes by its own name."""
     name = key.rsplit("/", 1)[-1]
+    if MINUS in name:
+        return Measure(name.replace("_", " "), digits=1, signed=True)
     return MEASURES.get(name) or Measure(name.replace("_", " "), digits=None)
 
 

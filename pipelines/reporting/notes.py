@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
-from pipelines.reporting.metrics import estimate, format_mean
+from pipelines.reporting.metrics import MINUS, estimate, format_mean
 from pipelines.reporting.run import Run, Stage, is_number
 from pipelines.reporting.sections.data import flat
 from pipelines.reporting.sections.ppo import KINDS as PPO_KINDS
 from pipelines.reporting.sections.ppo import over_optimisation
-from pipelines.reporting.tables import system_label, systems_in
+from pipelines.reporting.tables import BASELINES, system_label, systems_in
 
 LARGE_KL = 10.0
 """Nats a sequence, above which a policy has little left of the model it started from."""
@@ -28,15 +28,22 @@ def _unfinished(run: Run) -> Iterator[str]:
 
 
 def _intervals(run: Run) -> Iterator[str]:
+    base = system_label(run.reference)
     for system in systems_in(run.metrics, run.order):
         key = f"{system}/gold_win_rate"
         found = estimate(run.metrics, key)
         if found is None or found.low is None or found.high is None:
             continue
         if found.low <= 0.5 <= found.high:
-            yield f"{system_label(system)} against SFT is undecided: win rate {format_mean(run.metrics, key)}."
+            yield f"{system_label(system)} against {base} is undecided: win rate {format_mean(run.metrics, key)}."
         elif found.high < 0.5:
-            yield f"{system_label(system)} loses against SFT under the gold judge: {format_mean(run.metrics, key)}."
+            yield f"{system_label(system)} loses against {base} under the gold judge: {format_mean(run.metrics, key)}."
+    for baseline in BASELINES:
+        key = f"{run.reference}/rouge1{MINUS}{baseline}"
+        found = estimate(run.metrics, key)
+        if found is not None and found.low is not None and found.low <= 0:
+            against = f"{system_label(baseline)}: difference in ROUGE-1 {format_mean(run.metrics, key)}"
+            yield f"{base} is not shown to be better than the baseline {against}."
     found = estimate(run.metrics, "reward/accuracy")
     if found is not None and found.low is not None and found.low <= 0.5:
         yield f"The reward model may be guessing: accuracy {format_mean(run.metrics, 'reward/accuracy')}."
@@ -47,7 +54,8 @@ def _policies(run: Run) -> Iterator[str]:
         found = estimate(run.metrics, f"{system}/kl")
         if found is not None and found.value > LARGE_KL:
             far = f"{found.value:.1f} nats a sequence"
-            yield f"{system_label(system)} is {far} away from SFT, more than {LARGE_KL:.0f}."
+            base = system_label(run.reference)
+            yield f"{system_label(system)} is {far} away from {base}, more than {LARGE_KL:.0f}."
     for stage in run.of_kind(*PPO_KINDS):
         verdict = over_optimisation(stage)
         if verdict.endswith("over-optimised."):

@@ -36,7 +36,10 @@ def results_block(metrics: Mapping[str, float]) -> str:
     lines = [markdown_table(table)]
     if "reward/accuracy" in metrics:
         lines.append(f"Reward-model accuracy on held-out policy pairs: {format_mean(metrics, 'reward/accuracy')}.\n")
-    lines.append("In brackets: 95 % bootstrap intervals.\n")
+    lines.append(
+        "In brackets: 95 % bootstrap intervals. Gold win rate: share of documents on which the judge (which sees the\n"
+        "reference) prefers the system to SFT, a tie counting half. KL: from SFT, over whole sequences.\n"
+    )
     return "\n".join(lines)
 
 

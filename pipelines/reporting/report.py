@@ -105,13 +105,14 @@ def _state_class(stage: Stage) -> str:
 
 def _headline(run: Run) -> list[tuple[str, str, str, str]]:
     """The few numbers that answer what the run was for: (name, value, unit, interval)."""
+    base = system_label(run.reference)
     wanted = [("reward/accuracy", "Reward model ranks pairs right")]
     for system in systems_in(run.metrics, run.order):
-        if system == "sft":
-            wanted.insert(0, ("sft/rouge1", "SFT, ROUGE-1"))
+        if system == run.reference:
+            wanted.insert(0, (f"{system}/rouge1", f"{base}, ROUGE-1"))
         else:
-            wanted.append((f"{system}/gold_win_rate", f"{system_label(system)} beats SFT (gold)"))
-            wanted.append((f"{system}/kl", f"{system_label(system)}, KL to SFT"))
+            wanted.append((f"{system}/gold_win_rate", f"{system_label(system)} beats {base} (gold)"))
+            wanted.append((f"{system}/kl", f"{system_label(system)}, KL to {base}"))
     found = []
     for key, name in wanted:
         value = estimate(run.metrics, key)

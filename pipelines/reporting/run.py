@@ -130,6 +130,12 @@ class Run:
         return [stage for stage in self.stages if stage.kind in kinds]
 
     @property
+    def reference(self) -> str:
+        """The system that the others' win rate and KL are measured against."""
+        named = [stage.config.get("reference_system") for stage in self.of_kind("evaluate")]
+        return next(filter(None, named), "sft")
+
+    @property
     def order(self) -> list[str]:
         """The names of the stages, in order."""
         return [stage.name for stage in self.stages]

@@ -55,6 +55,8 @@ def evaluation() -> dict[str, float]:
     for system, proxy in (("sft", -0.12), ("ppo", 0.88), ("dpo", 0.41)):
         metrics |= mean(f"{system}/proxy", proxy, 0.08)
     metrics |= mean("ppo/gold_win_rate", 0.563, 0.041) | mean("dpo/gold_win_rate", 0.524, 0.043)
+    metrics |= mean("sft/rouge1_minus_lead1", 6.1, 0.8) | mean("sft/rouge1_minus_name", 0.4, 0.7)
+    metrics |= mean("ppo/rouge1_minus_sft", 0.9, 0.4) | {"evaluate/examples": 800.0}
     return metrics | mean("ppo/kl", 3.42, 0.3) | mean("dpo/kl", 11.9, 0.8)
 
 

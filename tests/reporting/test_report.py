@@ -137,6 +137,19 @@ def test_the_corpus_is_a_row_for_each_split(text: str) -> None:
     assert re.search(r'<th scope="row">leaked share</th><td>0.0021</td>', text)
 
 
+def test_paired_differences(text: str) -> None:
+    row = '<th scope="row">SFT above Lead-1 (first sentence), ROUGE-1</th><td>+6.1 (+5.3 to +6.9)</td>'
+    assert row in text
+    assert "PPO above SFT, ROUGE-1" in text
+
+
+def test_another_reference_system(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    synthetic.write_stage(folder, "evaluate", {}, config={"reference_system": "dpo"})
+    assert "Win rate against DPO" in write_report(folder).read_text(encoding="utf-8")
+
+
 def test_rollouts_and_the_verdict_on_them(run: Path, tmp_path: Path) -> None:
     stage = read_run(run).of_kind("ppo")[0]
     number, kl = rollouts(stage, "objective/kl")
@@ -158,6 +171,8 @@ def test_notes_say_what_must_be_known(run: Path) -> None:
     assert "DPO is 11.9 nats a sequence away from SFT" in found
     assert "sft: 7.3 % of sources cut, under 0.1 % of targets cut." in found
     assert "over-optimised" in found
+    assert "SFT is not shown to be better than the baseline The name in words" in found
+    assert "baseline Lead-1" not in found
     assert "not complete" not in found
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from markupsafe import Markup
 
 from pipelines.reporting import plots
-from pipelines.reporting.metrics import Estimate, estimate, measure_of
+from pipelines.reporting.metrics import MINUS, Estimate, estimate, format_mean, is_interval_key, measure_of
 from pipelines.reporting.page import Section, figure, figures, folded, join, paragraph
 from pipelines.reporting.run import Run
 from pipelines.reporting.tables import (
@@ -34,24 +34,29 @@ def results(run: Run) -> Section | None:
     parts.append(paragraph("Small print: 95 % bootstrap intervals over held-out documents.", "note"))
     parts.extend(_settings(stage.json("settings.json")) for stage in stages)
     parts.append(figures(_figures(run)))
+    differences = _differences(run)
+    if differences is not None:
+        parts.append(html_table(differences, "Paired differences"))
     parts.append(folded("Every number of the run", html_table(metrics_table(run.metrics), "Every metric")))
+    base = system_label(run.reference)
     lead = (
         "ROUGE and gold score compare with the human reference; the win rate is the share of documents on which the "
-        "gold judge prefers a system to SFT; KL is the divergence from SFT over whole sequences."
+        f"gold judge prefers a system to {base} (a tie counts half); KL is the divergence from {base} over whole "
+        "sequences, in nats."
     )
     return Section("results", "Results", join(parts), lead, frozenset(s.name for s in stages))
 
 
 def _figures(run: Run) -> list[Markup]:
-    systems = systems_in(run.metrics, run.order)
+    systems, base = systems_in(run.metrics, run.order), system_label(run.reference)
     made = []
     for measure, title, reference, caption in (
         ("rouge1", "ROUGE-1", None, "To the right is better. Grey: needs no training. Bars: 95 % intervals."),
         (
             "gold_win_rate",
-            "Win rate against SFT",
+            f"Win rate against {base}",
             50.0,
-            "Right of the dashed line beats SFT; an interval that crosses it shows no difference.",
+            f"Right of the dashed line beats {base}; an interval that crosses it shows no difference.",
         ),
     ):
         rows = [
@@ -66,6 +71,20 @@ def _figures(run: Run) -> list[Markup]:
         svg = plots.forest(f"forest-{measure}", rows, f"{title} ({unit})", alt, reference=reference)
         made.append(figure(svg, caption, title))
     return made
+
+
+def _differences(run: Run) -> Table | None:
+    """The paired differences between systems; None when none was measured."""
+    systems = systems_in(run.metrics, run.order)
+    keys = [k for k in run.metrics if MINUS in k and not is_interval_key(k)]
+    keys.sort(key=lambda k: (systems.index(s) if (s := k.split("/")[0]) in systems else len(systems), k))
+    rows = []
+    for key in keys:
+        system, difference = key.split("/", 1)
+        measure, other = difference.split(MINUS, 1)
+        name = f"{system_label(system)} above {system_label(other)}, {measure_of(measure).label}"
+        rows.append([name, format_mean(run.metrics, key)])
+    return Table(["Paired difference on the same documents", "Mean (95 % interval)"], rows) if rows else None
 
 
 def _shown(found: Estimate, measure: str) -> Estimate:
