@@ -222,13 +222,19 @@ class Chain:
                 wanted.update(_references(self.stages[name]))
         return [name for name in self.stages if name in wanted]
 
+    def _taken(self, stage: str, name: str) -> bool:
+        """Whether the stage takes this field, or the data that the field describes, from another stage."""
+        info = fields_of(self.recipes[stage].config_class)[name]
+        wholes = [name, *(info.json_schema_extra or {}).get("of", [])]
+        return any(True for whole in wholes for _ in _references(self.stages[stage].get(whole)))
+
     def configured(self, run_dir: Path, overrides: list[str]) -> dict[str, Any]:
         """Stage name -> its validated configuration, all mistakes of all stages shown at once.
 
         Args:
             run_dir: the run's folder.
             overrides: ``stage.key=value`` for one stage, or ``key=value`` for every stage that has the field and does
-                not take it from another stage.
+                not take it from another stage. ``text_column=`` and the like go where the data is read first.
 
         Raises:
             UserError: one line for each mistake.
@@ -241,7 +247,7 @@ class Chain:
                 override(self.recipes[first].config_class, tables[first], rest, text)
                 continue
             takers = [s for s in tables if first in fields_of(self.recipes[s].config_class)]
-            free = [s for s in takers if not any(True for _ in _references(self.stages[s].get(first)))]
+            free = [s for s in takers if not self._taken(s, first)]
             if not free or first == "output_dir":
                 fields = sorted({f for r in self.recipes.values() for f in fields_of(r.config_class)})
                 why = "every stage takes it from another stage" if takers else "no stage or field of this name"

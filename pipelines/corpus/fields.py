@@ -8,6 +8,9 @@ from pipelines.config import Problem, Source, config
 
 EMBEDDED = "pydocs"
 
+_OF_DATA = {"of": ["dataset", "preferences"]}
+"""Marks a field that says how to read data; a stage that takes its data from another has no use for it."""
+
 
 def _parent(instance: object, cls: type, method: str, empty: object) -> object:
     """``super().method()`` where the mixin's next class has it; the mixins also stand alone, without a StageConfig."""
@@ -20,15 +23,34 @@ class SplitFields:
     """How one file becomes three splits, and how much of each is used."""
 
     validation_fraction: float = Field(
-        0.1, gt=0, lt=1, description="share of the training file that becomes the validation set where there is none"
+        0.1,
+        gt=0,
+        lt=1,
+        description="share of the training file that becomes the validation set where there is none",
+        json_schema_extra=_OF_DATA,
     )
     test_fraction: float = Field(
-        0.1, gt=0, lt=1, description="share of the training file that becomes the test set where there is none"
+        0.1,
+        gt=0,
+        lt=1,
+        description="share of the training file that becomes the test set where there is none",
+        json_schema_extra=_OF_DATA,
     )
-    split_seed: int = Field(0, ge=0, description="seed of that split and of the samples below (not the training seed)")
-    max_train: int | None = Field(None, ge=1, description="use a random sample of at most so many training examples")
-    max_validation: int | None = Field(None, ge=1, description="use at most so many validation examples")
-    max_test: int | None = Field(None, ge=1, description="use at most so many test examples")
+    split_seed: int = Field(
+        0,
+        ge=0,
+        description="seed of that split and of the samples below (not the training seed)",
+        json_schema_extra=_OF_DATA,
+    )
+    max_train: int | None = Field(
+        None, ge=1, description="use a random sample of at most so many training examples", json_schema_extra=_OF_DATA
+    )
+    max_validation: int | None = Field(
+        None, ge=1, description="use at most so many validation examples", json_schema_extra=_OF_DATA
+    )
+    max_test: int | None = Field(
+        None, ge=1, description="use at most so many test examples", json_schema_extra=_OF_DATA
+    )
 
     def problems(self) -> list[Problem]:
         found = list(_parent(self, SplitFields, "problems", []))
@@ -48,12 +70,20 @@ class CorpusFields(SplitFields):
         description="pydocs (embedded: docstrings of the installed packages), a .jsonl, .json, .csv, .tsv or .parquet "
         "file, a folder holding train/validation/test files or a saved dataset, or a hub id",
     )
-    validation_dataset: Source | None = Field(None, description="file or folder of the validation set")
-    test_dataset: Source | None = Field(None, description="file or folder of the test set")
-    dataset_config: str | None = Field(None, description="configuration of a hub dataset, e.g. 3.0.0 of cnn_dailymail")
-    text_column: str = Field("document", description="column of the documents (a list of sentences is joined)")
-    summary_column: str = Field("summary", description="column of the summaries (a list is a list of references)")
-    id_column: str = Field("id", description="column of the ids, used where it exists")
+    validation_dataset: Source | None = Field(
+        None, description="file or folder of the validation set", json_schema_extra=_OF_DATA
+    )
+    test_dataset: Source | None = Field(None, description="file or folder of the test set", json_schema_extra=_OF_DATA)
+    dataset_config: str | None = Field(
+        None, description="configuration of a hub dataset, e.g. 3.0.0 of cnn_dailymail", json_schema_extra=_OF_DATA
+    )
+    text_column: str = Field(
+        "document", description="column of the documents (a list of sentences is joined)", json_schema_extra=_OF_DATA
+    )
+    summary_column: str = Field(
+        "summary", description="column of the summaries (a list is a list of references)", json_schema_extra=_OF_DATA
+    )
+    id_column: str = Field("id", description="column of the ids, used where it exists", json_schema_extra=_OF_DATA)
 
     def problems(self) -> list[Problem]:
         found = super().problems()
@@ -87,8 +117,12 @@ class PreferenceFields(SplitFields):
         description="folder that the preferences stage saved, or own data with the columns prompt, chosen, rejected: a "
         ".jsonl, .json, .csv, .tsv or .parquet file, a folder of train/validation/test files, or a hub id"
     )
-    validation_preferences: Source | None = Field(None, description="file or folder of the validation pairs")
-    test_preferences: Source | None = Field(None, description="file or folder of the test pairs")
+    validation_preferences: Source | None = Field(
+        None, description="file or folder of the validation pairs", json_schema_extra=_OF_DATA
+    )
+    test_preferences: Source | None = Field(
+        None, description="file or folder of the test pairs", json_schema_extra=_OF_DATA
+    )
 
     def problems(self) -> list[Problem]:
         found = super().problems()

@@ -1,0 +1,82 @@
+"""A whole chain on a toy language, small enough to run many times."""
+
+import json
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+CHAIN = HERE / "tiny.yaml"
+_WORDS = "amber birch cedar delta ember fjord grove heath inlet juniper kelp larch maple north oak pine".split()
+
+
+def write_corpus(folder: Path, examples: int = 96) -> Path:
+    """Documents of 10 to 16 words; the summary is the document's first four (two references in the held-out files)."""
+    draw = random.Random(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", examples), ("validation", 16), ("test", 24)):
+        with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
+            for _ in range(count):
+                words = [draw.choice(_WORDS) for _ in range(draw.randint(10, 16))]
+                summary = " ".join(words[:4]) + "."
+                target = summary if split == "train" else [summary, " ".join(words[:5])]
+                sentences = [" ".join(words[:8]) + ".", " ".join(words[8:]) + "."]
+                file.write(json.dumps({"source": sentences, "target": target}) + "\n")
+    return folder
+
+
+@dataclass
+class ForkServer:
+    """Starts ``genalign`` in children of a process that has the imports done."""
+
+    process: subprocess.Popen
+    logs: Path
+
+    def start(self, argv: list[str], kill: tuple[str, int] | None = None) -> int:
+        """Start a command line; returns the child's process id."""
+        request = {"argv": argv, "log": str(self.logs / "child.log"), "kill": kill}
+        (self.logs / "child.log").unlink(missing_ok=True)
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        return self._answer()["pid"]
+
+    def wait(self) -> int:
+        """The exit code of the child, negative where a signal killed it."""
+        return self._answer()["code"]
+
+    def run(self, *argv: str, kill: tuple[str, int] | None = None) -> tuple[int, str]:
+        """Run a command line to its end; returns its exit code and all it printed."""
+        self.start(list(argv), kill)
+        code = self.wait()
+        return code, (self.logs / "child.log").read_text(encoding="utf-8", errors="replace")
+
+    def _answer(self) -> dict:
+        line = self.process.stdout.readline()
+        assert line, "the fork server ended"
+        return json.loads(line)
+
+
+@pytest.fixture(scope="session")
+def genalign(tmp_path_factory):
+    """A ForkServer for the session."""
+    logs = tmp_path_factory.mktemp("logs")
+    with (logs / "server.log").open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, str(HERE / "forkserver.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+        yield ForkServer(process, logs)
+        process.stdin.close()
+        process.wait(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """The folder of the toy language's train, validation and test files."""
+    return write_corpus(tmp_path_factory.mktemp("data") / "toy")

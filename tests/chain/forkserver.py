@@ -1,0 +1,82 @@
+"""Runs ``genalign`` command lines in forked children of one process that has the heavy imports done.
+
+Speaks one JSON line a request on standard input, ``{"argv": [...], "log": path, "kill": [pattern, n]}``, and answers
+with one JSON line, ``{"pid": n}`` when the child is started and ``{"code": n}`` when it has ended (negative: the signal
+that killed it). A child is a process of its own and dies by a real SIGKILL; only the 8 seconds of imports are shared.
+With ``kill``, the interpreter's audit hook ends the child by SIGKILL at the n-th time it opens a file for writing whose
+path matches the pattern: a kill in the middle of that very write, at the same place every time.
+"""
+
+import json
+import os
+import re
+import signal
+import sys
+import traceback
+
+
+def main() -> None:
+    import accelerate
+    import datasets
+    import peft
+    import transformers
+    import trl
+    from transformers import AutoModelForSeq2SeqLM, Seq2SeqTrainer, T5ForConditionalGeneration
+    from trl import DPOTrainer
+
+    heavy = (accelerate, datasets, peft, transformers, trl, AutoModelForSeq2SeqLM, Seq2SeqTrainer)
+    heavy += (T5ForConditionalGeneration, DPOTrainer)
+    answers = os.fdopen(os.dup(1), "w")
+    for line in sys.stdin:
+        request = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            run(request)
+        print(json.dumps({"pid": pid}), file=answers, flush=True)
+        _, status = os.waitpid(pid, 0)
+        print(json.dumps({"code": os.waitstatus_to_exitcode(status)}), file=answers, flush=True)
+
+
+def kill_at(pattern: str, count: int) -> None:
+    """Die by SIGKILL at the ``count``-th opening for writing of a path that matches ``pattern``."""
+    left = count
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal left
+        if event != "open" or not isinstance(arguments[0], (str, bytes)):
+            return
+        path, mode, flags = arguments
+        writes = bool(set(mode) & set("wax+")) if isinstance(mode, str) else bool(flags & (os.O_WRONLY | os.O_RDWR))
+        if writes and re.search(pattern, os.fsdecode(path)):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def run(request: dict) -> None:
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = 1
+    try:
+        sys.argv = ["genalign", *request["argv"]]
+        if request.get("kill"):
+            kill_at(*request["kill"])
+        from pipelines.cli import main as genalign
+
+        genalign(request["argv"])
+    except SystemExit as ended:
+        code = ended.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    main()
