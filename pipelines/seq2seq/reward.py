@@ -154,14 +154,7 @@ def _right(chosen, rejected):
 
 
 def _scaled_margins(texts, scale: float):
-    """The sets with their ``margin`` times ``scale``.
-
-    Raises:
-        UserError: the preferences have no margin.
-    """
-    if "margin" not in texts["train"].column_names:
-        mend = "give use_margin=false, or preferences with a margin column"
-        raise UserError("use_margin", True, "the preferences have no column margin", mend)
+    """The sets with their ``margin`` times ``scale``."""
     return type(texts)(
         {
             name: split.remove_columns("margin").add_column("margin", [scale * value for value in split["margin"]])

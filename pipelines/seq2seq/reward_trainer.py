@@ -156,4 +156,5 @@ def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[floa
     centre = share + z**2 / (2 * count)
     spread = z * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
     scale = 1 + z**2 / count
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    # It holds the share itself; at 0 and 1 rounding would put it outside.
+    return max(0.0, min(share, (centre - spread) / scale)), min(1.0, max(share, (centre + spread) / scale))
