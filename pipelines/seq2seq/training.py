@@ -181,7 +181,8 @@ def last_checkpoint(config: StageConfig, folder: str = CHECKPOINTS) -> str | Non
 def save_history(trainer: Trainer, config: StageConfig) -> list[dict[str, float]]:
     """Write ``log_history.json``: the trainer's log without what depends on the clock. Returns what was written."""
     history = [
-        {key: value for key, value in entry.items() if not any(part in key for part in _TIME_DEPENDENT)}
+        # sorted: entries that went through a checkpoint come back in another order of keys
+        {key: value for key, value in sorted(entry.items()) if not any(part in key for part in _TIME_DEPENDENT)}
         for entry in trainer.state.log_history
     ]
     history = [entry for entry in history if set(entry) - {"step", "epoch"}]
