@@ -171,20 +171,22 @@ def leaks(held_out: Sequence[dict[str, Any]], train: Iterable[dict[str, Any]]) -
     """
     summaries = [words_of(example["summary"]) for example in held_out]
     documents = [_n_grams(words_of(_code(example))) for example in held_out]
-    wanted_summary = {gram for words in summaries for gram in _n_grams(words)}
-    wanted = wanted_summary.union(*documents)
-    seen: set[tuple[str, ...]] = set()
-    seen_summaries: set[tuple[str, ...]] = set()
+    wanted_summaries = {gram for words in summaries for gram in _n_grams(words)}
+    wanted = wanted_summaries.union(*documents)
+    in_summaries: set[tuple[str, ...]] = set()
+    in_documents: set[tuple[str, ...]] = set()
+    whole: set[tuple[str, ...]] = set()
     for example in train:
         words = words_of(example["summary"])
-        seen_summaries.add(tuple(words))
+        whole.add(tuple(words))
         # Streaming the training text against what is asked for keeps memory at the held-out sets' size.
-        seen.update(wanted_summary.intersection(_n_grams(words)))
-        seen.update(wanted.intersection(_n_grams(words_of(_code(example)))))
+        in_summaries.update(wanted_summaries.intersection(_n_grams(words)))
+        in_documents.update(wanted.intersection(_n_grams(words_of(_code(example)))))
+    seen = in_summaries | in_documents
     return [
-        tuple(words) in seen_summaries
+        tuple(words) in whole
         or not seen.isdisjoint(_n_grams(words))
-        or (len(grams) > 0 and len(grams & seen) > LEAKED_SHARE * len(grams))
+        or len(grams & in_documents) > LEAKED_SHARE * len(grams)
         for words, grams in zip(summaries, documents, strict=True)
     ]
 

@@ -38,16 +38,18 @@ _MAX_TYPES = 300_000
 def normalizer(lowercase: bool) -> normalizers.Normalizer:
     """NFKC, joiner marks, lower case if wanted, single blanks. Looks at nothing beyond white space to either side."""
     word = r"\p{L}\p{M}\p{N}"
+    # What Python's split() takes for white space, so that counting words by it is exact.
+    space = r"\s\x1c-\x1f"
     steps = [
         normalizers.NFKC(),
-        normalizers.Replace(Regex(rf"(?<=[{word}])(?=[^{word}\s])"), f" {JOINER}"),
-        normalizers.Replace(Regex(rf"(?<=[^{word}\s])(?=[{word}])"), f"{JOINER} "),
+        normalizers.Replace(Regex(rf"(?<=[{word}])(?=[^{word}{space}])"), f" {JOINER}"),
+        normalizers.Replace(Regex(rf"(?<=[^{word}{space}])(?=[{word}])"), f"{JOINER} "),
         normalizers.Replace(Regex(r"(?<=[\p{Ll}\p{N}])(?=\p{Lu})"), f" {JOINER} "),
         normalizers.Replace(Regex(r"(?<=\p{Lu})(?=\p{Lu}\p{Ll})"), f" {JOINER} "),
     ]
     if lowercase:
         steps.append(normalizers.Lowercase())
-    return normalizers.Sequence([*steps, normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()])
+    return normalizers.Sequence([*steps, normalizers.Replace(Regex(f"[{space}]+"), " "), normalizers.Strip()])
 
 
 def _decoder() -> decoders.Decoder:
