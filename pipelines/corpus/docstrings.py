@@ -55,7 +55,7 @@ _NAME_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
 # What is not a summary: notices, cross-references, section heads, field lists, templates, markup that survived.
 _NOISE = re.compile(
-    r"""deprecated|docstring|\bnot\ implemented|\bfor\ internal\ use|\bsame\ as\b|\binherit(?:s|ed)?\ doc
+    r"""deprecated|discouraged|docstring|\bnot\ implemented|\bfor\ internal\ use|\bsame\ as\b|\binherit(?:s|ed)?\ doc
     |\b(?:todo|fixme|xxx)\b|auto-?generated|automatically\ generated|do\ not\ (?:edit|call|use)
     |^(?:see|refer)\b|\bsee\ (?:also|the\ doc|class|base|super|parent|above|below|method|function|documentation)
     |\bsee\ for\ (?:details|more)
