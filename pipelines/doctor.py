@@ -10,7 +10,6 @@ from pipelines.stage import versions
 
 _OPTIONAL = {
     "diffusers": "image models (pip install 'genalign[images]')",
-    "sentencepiece": "tokenizers of old checkpoints (pip install 'genalign[sentencepiece]')",
     "wandb": "report_to=wandb",
 }
 
