@@ -53,6 +53,20 @@ class ForkServer:
         code = self.wait()
         return code, (self.logs / "child.log").read_text(encoding="utf-8", errors="replace")
 
+    def answer(self, *argv: str, cwd: Path | None = None) -> tuple[int, str, str]:
+        """Run a command line to its end in the folder ``cwd``; returns exit code, standard output, standard error.
+
+        With ``--recipe family/stage`` in front, it is the command line of that recipe's script.
+        """
+        files = [self.logs / "child.out", self.logs / "child.err"]
+        for file in files:
+            file.unlink(missing_ok=True)
+        request = {"argv": list(argv), "log": str(files[0]), "errors": str(files[1]), "cwd": cwd and str(cwd)}
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        self._answer()
+        code = self.wait()
+        return code, *(file.read_text(encoding="utf-8", errors="replace") for file in files)
+
     def _answer(self) -> dict:
         line = self.process.stdout.readline()
         assert line, "the fork server ended"
@@ -80,3 +94,12 @@ def genalign(tmp_path_factory):
 def data(tmp_path_factory) -> Path:
     """The folder of the toy language's train, validation and test files."""
     return write_corpus(tmp_path_factory.mktemp("data") / "toy")
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(genalign, data, tmp_path_factory) -> Path:
+    """The folder of a whole run that nothing disturbed. Tests must not change it: they copy it."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    code, printed = genalign.run("run", str(CHAIN), f"dataset={data}", "--output_dir", str(run_dir))
+    assert code == 0, printed
+    return run_dir

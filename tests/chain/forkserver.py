@@ -3,6 +3,8 @@
 Speaks one JSON line a request on standard input, ``{"argv": [...], "log": path, "kill": [pattern, n]}``, and answers
 with one JSON line, ``{"pid": n}`` when the child is started and ``{"code": n}`` when it has ended (negative: the signal
 that killed it). A child is a process of its own and dies by a real SIGKILL; only the 8 seconds of imports are shared.
+Where ``argv`` begins with ``--recipe family/stage``, that recipe's script is run, as ``accelerate launch`` would run it
+in a single process. ``errors`` names a file of its own for standard error, ``cwd`` the working folder.
 With ``kill``, the interpreter's audit hook ends the child by SIGKILL at the n-th time it opens a file for writing whose
 path matches the pattern: a kill in the middle of that very write, at the same place every time.
 """
@@ -10,6 +12,7 @@ path matches the pattern: a kill in the middle of that very write, at the same p
 import json
 import os
 import re
+import runpy
 import signal
 import sys
 import traceback
@@ -55,19 +58,32 @@ def kill_at(pattern: str, count: int) -> None:
     sys.addaudithook(hook)
 
 
+def start(argv: list[str]) -> None:
+    """Run a command line as its console script or its recipe's script would."""
+    if argv[:1] == ["--recipe"]:
+        from pipelines.runner import shared_folder
+
+        sys.argv = [str(shared_folder("recipes") / f"{argv[1]}.py"), *argv[2:]]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    else:
+        from pipelines.cli import main as genalign
+
+        sys.argv = ["genalign", *argv]
+        genalign(argv)
+
+
 def run(request: dict) -> None:
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(log, 1)
-    os.dup2(log, 2)
+    errors = request.get("errors")
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if errors else log, 2)
+    os.chdir(request.get("cwd") or ".")
     code = 1
     try:
-        sys.argv = ["genalign", *request["argv"]]
         if request.get("kill"):
             kill_at(*request["kill"])
-        from pipelines.cli import main as genalign
-
-        genalign(request["argv"])
+        start(request["argv"])
     except SystemExit as ended:
         code = ended.code or 0
     except BaseException:

@@ -8,8 +8,6 @@ import signal
 import time
 from pathlib import Path
 
-import pytest
-
 from tests.chain.conftest import CHAIN
 
 # Where each stage is killed: at the n-th opening for writing of a path that matches.
@@ -30,14 +28,6 @@ def digests(run_dir: Path) -> dict[str, str]:
     kinds = ("metrics.json", "*/*.safetensors", "*/log_history.json", "*/predictions.jsonl", "*/calibration.json")
     files = sorted(file for kind in kinds for file in run_dir.glob(kind))
     return {str(f.relative_to(run_dir)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(genalign, data, tmp_path_factory) -> Path:
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
-    code, printed = genalign.run("run", str(CHAIN), f"dataset={data}", "--output_dir", str(run_dir))
-    assert code == 0, printed
-    return run_dir
 
 
 def test_kill_in_the_middle_of_every_stage(genalign, data, uninterrupted, tmp_path):
