@@ -1,5 +1,6 @@
 """A whole chain on a toy language, small enough to run many times."""
 
+import hashlib
 import json
 import random
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 HERE = Path(__file__).parent
 CHAIN = HERE / "tiny.yaml"
-_WORDS = "amber birch cedar delta ember fjord grove heath inlet juniper kelp larch maple north oak pine".split()
+_WORDS = "amber birch cedar delta ember fjord grove heath inlet juniper kelp larch maple north oak pine".split()  # noqa: SIM905 - easier to read
 
 
 def write_corpus(folder: Path, examples: int = 96) -> Path:
@@ -27,6 +28,13 @@ def write_corpus(folder: Path, examples: int = 96) -> Path:
                 sentences = [" ".join(words[:8]) + ".", " ".join(words[8:]) + "."]
                 file.write(json.dumps({"source": sentences, "target": target}) + "\n")
     return folder
+
+
+def digests(run_dir: Path) -> dict[str, str]:
+    """The content of everything a run is judged by: metrics, weights, logs, predictions."""
+    kinds = ("metrics.json", "*/*.safetensors", "*/log_history.json", "*/predictions.jsonl", "*/calibration.json")
+    files = sorted(file for kind in kinds for file in run_dir.glob(kind))
+    return {str(f.relative_to(run_dir)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
 @dataclass

@@ -1,14 +1,12 @@
 """Killed with -9 in the middle of each stage and started again, a chain ends exactly as if nothing had happened."""
 
-import hashlib
 import os
 import random
 import shutil
 import signal
 import time
-from pathlib import Path
 
-from tests.chain.conftest import CHAIN
+from tests.chain.conftest import CHAIN, digests
 
 # Where each stage is killed: at the n-th opening for writing of a path that matches.
 KILLS = {
@@ -21,13 +19,6 @@ KILLS = {
     "dpo": (r"/\.dpo\.partial/.*/checkpoint-\d+/trainer_state\.json$", 2),
     "evaluate": (r"/\.evaluate\.partial/", 4),
 }
-
-
-def digests(run_dir: Path) -> dict[str, str]:
-    """The content of everything a run is judged by: metrics, weights, logs, predictions."""
-    kinds = ("metrics.json", "*/*.safetensors", "*/log_history.json", "*/predictions.jsonl", "*/calibration.json")
-    files = sorted(file for kind in kinds for file in run_dir.glob(kind))
-    return {str(f.relative_to(run_dir)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
 def test_kill_in_the_middle_of_every_stage(genalign, data, uninterrupted, tmp_path):
