@@ -107,6 +107,8 @@ def dpo(config: DPOStageConfig) -> dict[str, float]:
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.model, field="model")
     model = load_seq2seq(config.model)
+    if Path(config.model).expanduser().exists():
+        model.name_or_path = ""  # PEFT would write it into the adapter: a path of this machine, of no use elsewhere
     as_view(model)
     texts = load_preferences(config)
     pairs, cut = {}, {}

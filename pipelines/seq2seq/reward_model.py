@@ -99,6 +99,7 @@ class EncoderDecoderRewardModel(PreTrainedModel):
             UserError: as ``load_seq2seq``.
         """
         source = load_seq2seq(path, field=field)
+        source.config._name_or_path = ""  # it would be saved as part of the backbone's configuration
         config = EncoderDecoderRewardConfig(
             backbone=source.config,
             prefix=lengths.prefix,

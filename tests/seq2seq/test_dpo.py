@@ -1,5 +1,6 @@
 """DPO on TRL's trainer: loss and gradient against the definition, references, LoRA, resuming, what is refused."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -93,9 +94,9 @@ def test_first_loss_is_ln2_in_training_mode_with_dropout_configured(tiny_t5, row
 
 def test_loss_and_gradient_are_those_of_the_paper(tiny_t5, rows, tokenizer, tmp_path):
     """∇L = −β σ(r̂_l − r̂_w)(∇ log π(y_w) − ∇ log π(y_l)) (Rafailov et al. 2023, section 4), away from the reference."""
-    beta = 0.2
+    beta = 1.0
     trainer = EncoderDecoderDPOTrainer(
-        t5(tiny_t5), arguments(tmp_path, precompute_ref_log_probs=True), rows, tokenizer, LENGTHS
+        t5(tiny_t5), arguments(tmp_path, precompute_ref_log_probs=True, beta=beta), rows, tokenizer, LENGTHS
     )
     model = trainer.model
     generator = torch.Generator().manual_seed(0)
@@ -258,6 +259,15 @@ def test_lora_trains_adapters_only_and_saves_a_merged_plain_model(tiny_t5, pairs
     assert any("EncDecAttention" in name for name in changed)
     assert not any("shared" in name or "lm_head" in name or "layer_norm" in name for name in changed)
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
+    assert str(tiny_t5) not in (tmp_path / "out" / "adapter" / "adapter_config.json").read_text()
+    # Killed after half of it: the resumed run ends with the same weights.
+    kept = tmp_path / "out" / "checkpoints" / "checkpoint-3"
+    shutil.copytree(kept, tmp_path / "again" / "checkpoints" / kept.name)
+    assert dpo(dataclasses.replace(config, output_dir=str(tmp_path / "again"))) == metrics
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(
+        torch.equal(value, again[name]) for name, value in load_file(tmp_path / "out" / "model.safetensors").items()
+    )
 
 
 def test_impossible_combinations_are_named():

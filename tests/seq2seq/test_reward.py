@@ -127,7 +127,7 @@ def test_gradient_of_the_loss_is_the_surprise_times_the_difference_of_score_grad
 
 
 def test_the_stage_learns_and_says_how_sure_it_may_be(trained):
-    _, output, metrics = trained
+    config, output, metrics = trained
     assert metrics["reward/accuracy_ci_low"] > 0.5  # the rejected ones carry words that the chosen never end in
     assert metrics["reward/accuracy_ci_low"] <= metrics["reward/accuracy"] <= metrics["reward/accuracy_ci_high"]
     assert metrics["reward/length_accuracy"] == 0.0  # every rejected summary is longer
@@ -137,7 +137,9 @@ def test_the_stage_learns_and_says_how_sure_it_may_be(trained):
     assert all(b["low"] <= b["observed"] <= b["high"] for b in bins)
     history = json.loads((output / "log_history.json").read_text())
     assert any("eval_accuracy" in entry for entry in history)
-    assert json.loads((output / "config.json").read_text())["backbone"]["model_type"] == "t5"
+    saved = (output / "config.json").read_text()
+    assert json.loads(saved)["backbone"]["model_type"] == "t5"
+    assert config.model not in saved  # no path of this machine
 
 
 def test_the_scorer_reads_texts_as_the_stage_did(trained, pairs):
