@@ -13,10 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipelines.seq2seq.losses import entropy, token_log_probs
-from pipelines.seq2seq.view import as_view, decode, decoder_inputs, encode, output_logits, sequence_log_probs, unwrap
+from pipelines.seq2seq.shared_attention import decode_shared
+from pipelines.seq2seq.view import as_view, decoder_inputs, encode, output_logits, unwrap
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 CRITIC_FOLDER = "critic"
+
+
+def _spread(values: Tensor, mask: Tensor) -> Tensor:
+    """(N,) values of the N real tokens to (R, T), 0 elsewhere."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 class ValueHead(nn.Module):
@@ -47,15 +53,25 @@ class ActorCritic(nn.Module):
     Args:
         policy: a view, or a PEFT model around one; it stays a plain checkpoint of its own.
         separate_critic: give the critic a copy of the policy's encoder and decoder instead of sharing them.
+        train_encoder: False leaves the policy's encoder as it is, which spares its backward pass. What it shares with
+            the decoder (T5's embedding) goes on learning from the decoder's side.
     """
 
     # The Trainer asks for these of every model it loads.
     _keys_to_ignore_on_save = None
 
-    def __init__(self, policy: Any, *, separate_critic: bool = False):
+    def __init__(self, policy: Any, *, separate_critic: bool = False, train_encoder: bool = True):
         super().__init__()
         self.policy = policy
         inner = unwrap(policy)
+        self.train_encoder = train_encoder
+        if not train_encoder:
+            kept = {
+                id(p) for module in (inner.get_decoder(), inner.get_output_embeddings()) for p in module.parameters()
+            }
+            for parameter in inner.get_encoder().parameters():
+                if id(parameter) not in kept:
+                    parameter.requires_grad_(False)
         self.critic = None
         if separate_critic:
             self.critic = copy.deepcopy(inner)
@@ -109,17 +125,18 @@ class ActorCritic(nn.Module):
         mask = completion_mask.bool()
         inputs = decoder_inputs(self.policy, completion_ids)
         if encoder_states is None:
-            encoder_states = encode(self.policy, source_ids, source_mask)
-        states = decode(self.policy, encoder_states, source_mask, inputs, order="source-major")[mask]
+            with nullcontext() if self.train_encoder else torch.no_grad():
+                encoder_states = encode(self.policy, source_ids, source_mask)
+        states = decode_shared(self.policy, encoder_states, source_mask, inputs, order="source-major")[mask]
         logits = output_logits(self.policy, states)
         found = {"log_probs": token_log_probs(logits, completion_ids[mask], temperature=temperature)}
         if with_entropy:
             found["entropy"] = entropy(logits, temperature=temperature)
         if self.critic is not None:
             own = encode(self.critic, source_ids, source_mask)
-            states = decode(self.critic, own, source_mask, inputs, order="source-major")[mask]
+            states = decode_shared(self.critic, own, source_mask, inputs, order="source-major")[mask]
         found["values"] = self.value_head(states)
-        return {name: value.new_zeros(mask.shape).masked_scatter(mask, value) for name, value in found.items()}
+        return {name: _spread(value, mask) for name, value in found.items()}
 
     def save_critic(self, folder: str | Path) -> None:
         """Write the value head, and the critic's own trunk where it has one, beside the policy."""
@@ -163,12 +180,8 @@ class Reference:
         """(R, T) fp32 log-probabilities of completions (source-major); 0 where the mask is 0."""
         with self.adapter_off.disable_adapter() if self.adapter_off is not None else nullcontext():
             states = encode(self.model, source_ids, source_mask)
-            return sequence_log_probs(
-                self.model,
-                states,
-                source_mask,
-                completion_ids,
-                completion_mask,
-                order="source-major",
-                temperature=temperature,
-            )
+            inputs = decoder_inputs(self.model, completion_ids)
+            states = decode_shared(self.model, states, source_mask, inputs, order="source-major")
+            mask = completion_mask.bool()
+            logits = output_logits(self.model, states[mask])
+            return _spread(token_log_probs(logits, completion_ids[mask], temperature=temperature), mask)

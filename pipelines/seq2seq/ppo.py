@@ -74,6 +74,7 @@ class PPOConfig(CorpusFields, LengthConfig, TrainingConfig):
     reward_clip: float | None = Field(None, gt=0, description="clip (scaled) scores to ± this")
     whiten_advantages: bool = Field(True, description="bring a rollout's advantages to mean 0 and variance 1")
     separate_critic: bool = Field(False, description="give the critic a trunk of its own instead of the policy's")
+    train_encoder: bool = Field(True, description="false trains the decoder only: a step then costs much less")
     lora_r: int = Field(0, ge=0, description="rank of LoRA adapters on all linear layers; 0 trains all parameters")
     lora_alpha: float = Field(16.0, gt=0, description="scale of the adapters (their effect is lora_alpha / lora_r)")
     samples_kept: int = Field(4, ge=0, description="summaries of each rollout kept in samples.jsonl")
@@ -184,6 +185,7 @@ def ppo(config: PPOConfig) -> dict[str, float]:
         rewards,
         gold=gold,
         separate_critic=config.separate_critic,
+        train_encoder=config.train_encoder,
         samples_file=folder / "samples.jsonl",
         optimizer_choice=optimizer_choice(config),
         callbacks=[checkpoint_marker()],

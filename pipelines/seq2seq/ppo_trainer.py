@@ -72,6 +72,7 @@ class PPOTrainer(Trainer):
         rewards: what a completion is worth.
         gold: a judge that is logged beside the reward and never trained on; it sees one completion a source.
         separate_critic: give the critic a trunk of its own.
+        train_encoder: False trains the decoder only.
         samples_file: JSON lines with some completions of every rollout; None keeps none.
         optimizer_choice: class and options of an optimizer other than AdamW.
 
@@ -92,13 +93,14 @@ class PPOTrainer(Trainer):
         *,
         gold: Annotator | None = None,
         separate_critic: bool = False,
+        train_encoder: bool = True,
         samples_file: str | Path | None = None,
         optimizer_choice: tuple[type, dict[str, Any]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
         silence_dropout(as_view(policy))
         super().__init__(
-            model=ActorCritic(policy, separate_critic=separate_critic),
+            model=ActorCritic(policy, separate_critic=separate_critic, train_encoder=train_encoder),
             args=args,
             train_dataset=sources,
             processing_class=tokenizer,

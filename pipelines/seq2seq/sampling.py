@@ -11,12 +11,14 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, LogitsProcessor
 
+from pipelines.seq2seq.shared_attention import can_share, shared_sources
 from pipelines.seq2seq.view import decoder_start_id, output_logits, unwrap
 
 
@@ -163,29 +165,36 @@ def sample_completions(
         completion_mask (R, T') int64, 1 up to and including the end token.
     """
     inner = unwrap(model)
-    decoder, device = inner.get_decoder(), encoder_states.device
+    decoder, device, sources = inner.get_decoder(), encoder_states.device, len(encoder_states)
     cache = EncoderDecoderCache(DynamicCache(config=decoder.config), DynamicCache(config=decoder.config))
     scale = inner.__dict__.get("_view_scale", 1.0)
+    shared = samples > 1 and can_share(model)
 
-    def next_logits(tokens: Tensor, states: Tensor, mask: Tensor) -> Tensor:
-        result = decoder(
-            input_ids=tokens[:, None],
-            encoder_hidden_states=states,
-            encoder_attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-        )
+    def next_logits(tokens: Tensor) -> Tensor:
+        with shared_sources(model) if shared and len(tokens) != len(states) else nullcontext():
+            result = decoder(
+                input_ids=tokens[:, None],
+                encoder_hidden_states=states,
+                encoder_attention_mask=source_mask,
+                past_key_values=cache,
+                use_cache=True,
+            )
         return output_logits(inner, result.last_hidden_state[:, -1] * scale)
 
-    total = len(encoder_states) * samples
+    total = sources * samples
     completions = torch.full((total, max_new_tokens), pad_token_id, dtype=torch.int64, device=device)
     mask = torch.zeros_like(completions)
     rows = torch.arange(total, device=device)
-    start = torch.full((len(encoder_states),), decoder_start_id(inner), dtype=torch.int64, device=device)
-    logits = next_logits(start, encoder_states, source_mask).repeat_interleave(samples, 0)
-    # From here on the decoder finds keys and values of the sources in the cache and reads only the states' shape.
-    cache.batch_repeat_interleave(samples)
-    states, source_mask = encoder_states.repeat_interleave(samples, 0), source_mask.repeat_interleave(samples, 0)
+    states = encoder_states
+    start = torch.full((sources,), decoder_start_id(inner), dtype=torch.int64, device=device)
+    logits = next_logits(start).repeat_interleave(samples, 0)
+    # From here on the decoder finds the sources' keys and values in the cache and reads only the states' shape.
+    cache.self_attention_cache.batch_repeat_interleave(samples)
+    if not shared:
+        cache.cross_attention_cache.batch_repeat_interleave(samples)
+        states, source_mask = states.repeat_interleave(samples, 0), source_mask.repeat_interleave(samples, 0)
+    # What leaves the batch together once all of it has ended: the rows of a source where they share its keys.
+    group = samples if shared else 1
     alive = torch.ones_like(rows, dtype=torch.bool)
     for position in range(max_new_tokens):
         tokens = sampler.at(position, logits, rows).argmax(-1)
@@ -193,14 +202,17 @@ def sample_completions(
         completions[rows, position] = tokens
         mask[rows, position] = alive.long()
         alive = alive & (tokens != eos_token_id)
-        running = int(alive.sum())
-        if not running or position + 1 == max_new_tokens:
+        running = alive.view(-1, group).any(1)
+        count = int(running.sum())
+        if not count or position + 1 == max_new_tokens:
             break
-        # Leaving out ended rows copies the cache, so it waits until a quarter has ended.
-        if running <= 0.75 * len(rows):
-            kept = alive.nonzero().squeeze(1)
-            cache.batch_select_indices(kept)
-            rows, tokens, states, source_mask = rows[kept], tokens[kept], states[kept], source_mask[kept]
-            alive = alive[kept]
-        logits = next_logits(tokens, states, source_mask)
+        # Leaving out what has ended copies the cache, so it waits until a quarter has.
+        if count <= 0.75 * len(running):
+            kept = running.nonzero().squeeze(1)
+            kept_rows = (kept[:, None] * group + torch.arange(group, device=device)).flatten()
+            cache.self_attention_cache.batch_select_indices(kept_rows)
+            cache.cross_attention_cache.batch_select_indices(kept)
+            states, source_mask = states[kept], source_mask[kept]
+            rows, tokens, alive = rows[kept_rows], tokens[kept_rows], alive[kept_rows]
+        logits = next_logits(tokens)
     return completions[:, : position + 1], mask[:, : position + 1]

@@ -65,7 +65,9 @@ def count_w5(documents, summaries, references) -> list[float]:
     return [float(summary.split().count("w5")) for summary in summaries]
 
 
-def make_trainer(folder, *, dropout=0.0, separate_critic=False, lora=0, callbacks=None, **options) -> PPOTrainer:
+def make_trainer(
+    folder, *, dropout=0.0, separate_critic=False, train_encoder=True, lora=0, callbacks=None, **options
+) -> PPOTrainer:
     """A trainer of that world; ``options`` are ``PPOArguments``."""
     settings = {
         "rollouts": 2,
@@ -99,6 +101,7 @@ def make_trainer(folder, *, dropout=0.0, separate_critic=False, lora=0, callback
         Rewards([RewardFunction("count", 1.0, count_w5)]),
         gold=count_w5,
         separate_critic=separate_critic,
+        train_encoder=train_encoder,
         samples_file=Path(folder) / "samples.jsonl",
         callbacks=callbacks,
     )

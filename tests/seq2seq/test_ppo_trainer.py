@@ -63,7 +63,6 @@ def test_the_first_ratio_is_one_in_training_mode(tmp_path, options):
 
 def test_log_probs_are_the_plain_models(tmp_path):
     trainer = make_trainer(tmp_path, rollouts=1)
-    trainer.train_dataset, trainer._keys = trainer.train_dataset, trainer._keys
     rollout = trainer.make_rollout(0)
     plain = make_policy()
     ids, mask = rollout["completion_ids"], rollout["completion_mask"]
@@ -85,7 +84,7 @@ def test_log_probs_are_the_plain_models(tmp_path):
     assert float(real.std(correction=0)) == pytest.approx(1, abs=1e-3)
 
 
-def test_a_source_is_encoded_once_for_all_its_completions(tmp_path, monkeypatch):
+def test_a_source_is_encoded_once_for_all_its_completions(tmp_path):
     trainer = make_trainer(tmp_path, rollouts=1, ppo_epochs=2, mini_batch_size=16, samples_per_source=4)
     encoded = {"policy": 0, "reference": 0}
     for name, model in (("policy", trainer.model.policy), ("reference", trainer.reference.model)):
@@ -184,6 +183,16 @@ def test_options_train(tmp_path, options):
     assert any(name.startswith("critic.") for name in moved) == options.get("separate_critic", False)
     rates = {group["initial_lr"] for group in trainer.optimizer.param_groups}
     assert (1e-2 in rates) == ("value_learning_rate" in options)
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_an_encoder_that_is_not_trained_stays(tmp_path, lora):
+    trainer = make_trainer(tmp_path, rollouts=1, train_encoder=False, learning_rate=1e-2, lora=lora)
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert not any("encoder.block" in name for name in moved)
+    assert any("decoder.block" in name for name in moved)
 
 
 def test_a_checkpoint_is_a_plain_model_with_the_critic_beside_it(tmp_path):
