@@ -158,6 +158,8 @@ def ppo(config: PPOConfig) -> dict[str, float]:
     policy = as_view(load_seq2seq(config.model))
     check_lengths(policy, config)
     if config.lora_r:
+        if Path(config.model).expanduser().exists():
+            policy.name_or_path = ""  # PEFT would write it into the adapter: a path of this machine
         policy = _with_adapters(policy, config)
     train = load_corpus(config)["train"]
     if len(train) < config.sources_per_rollout:

@@ -69,6 +69,7 @@ def test_adapters_are_merged_and_kept(options, tiny_t5, tmp_path):
     ppo(validate(PPOConfig, options | {"lora_r": 2, "learning_rate": 1e-2, "rollouts": 2}))
     folder = tmp_path / "ppo"
     assert (folder / "adapter" / "adapter_model.safetensors").exists()
+    assert str(tiny_t5) not in (folder / "adapter" / "adapter_config.json").read_text()
     merged = as_view(T5ForConditionalGeneration.from_pretrained(folder)).eval()
     before = as_view(T5ForConditionalGeneration.from_pretrained(tiny_t5)).eval()
     assert torch.equal(merged.shared.weight, before.shared.weight)
