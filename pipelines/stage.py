@@ -126,7 +126,9 @@ def stage_name(function: Callable) -> str:
 
 @contextlib.contextmanager
 def locked(folder: Path, what: str = "output_dir") -> Iterator[None]:
-    """Hold the only right to write into ``folder`` (the lock file lies beside it and is freed if the process dies).
+    """Hold the only right to write into ``folder``.
+
+    The lock file lies beside it while it is held; a process that dies frees the lock and leaves the file.
 
     Raises:
         UserError: if another process holds it.
@@ -141,6 +143,9 @@ def locked(folder: Path, what: str = "output_dir") -> Iterator[None]:
     try:
         yield
     finally:
+        # Removed while it is still held: whoever opened this very file before takes no lock on a file without a name.
+        with contextlib.suppress(OSError):
+            os.unlink(lock.lock_file)
         lock.release()
 
 
@@ -252,10 +257,11 @@ def execute(function: Callable, config: Any, *, recipe: str = "", force: bool = 
 
 
 def _execute_together(function: Callable, config: Any, folder: Path, recipe: str, force: bool) -> dict[str, float]:
-    from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    state = PartialState()
+    from pipelines.distributed import joined_processes
+
+    state = joined_processes()
     with contextlib.ExitStack() as stack:
         # [error, metrics of a finished stage]: what the main process found, so that all go the same way.
         verdict: list[Any] = [None, None]

@@ -26,7 +26,8 @@ class PreferencesConfig(CorpusFields, GenerationConfig, StageConfig):
     output_dir: str = Field("runs/preferences", description="folder the stage writes into", json_schema_extra=INERT)
     model: Source | None = Field(None, description="the policy: folder or hub id, usually the supervised model")
     preferences_file: Source | None = Field(
-        None, description="people's preferences instead: a file of {prompt, chosen, rejected}; nothing is sampled"
+        None,
+        description="people's preferences: a file of {prompt, chosen, rejected}; then nothing is sampled from model",
     )
     annotator: str = Field(
         "rouge", description="who ranks: rouge (mean of ROUGE-1/2/L to the references) or your own module:function"
@@ -46,9 +47,6 @@ class PreferencesConfig(CorpusFields, GenerationConfig, StageConfig):
         if self.model is None and self.preferences_file is None:
             mend = "give model=FOLDER to sample from, or preferences_file=FILE"
             found.append(Problem("model", None, "there is no policy to sample from", mend))
-        if self.model is not None and self.preferences_file is not None:
-            problem = "nothing is sampled where people's preferences are given"
-            found.append(Problem("model", self.model, problem, "drop model= or preferences_file="))
         if not self.do_sample and self.num_beams < self.samples:
             mend = f"give do_sample=true, or num_beams={self.samples}"
             found.append(Problem("num_beams", self.num_beams, f"cannot give {self.samples} summaries", mend))

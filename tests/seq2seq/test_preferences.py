@@ -138,7 +138,6 @@ def test_peoples_preferences(tmp_path, tiny_corpus):
     [
         ({"model": None}, "no policy to sample from"),
         ({"do_sample": False}, "cannot give 3 summaries"),
-        ({"preferences_file": "human.jsonl"}, "nothing is sampled where people's preferences are given"),
         ({"tie_margin": 1000.0}, "none has two samples of different score"),
     ],
 )
