@@ -206,16 +206,14 @@ class Chain:
             raise UserError("--config", self.name, f"stages of this recipe: {shown}", "name one with --stage")
         return wanted or mine[0]
 
-    def needed_for(self, stage: str) -> list[str]:
+    def needed_for(self, stage: str, what: str = "stage") -> list[str]:
         """The stages that must be up to date before ``stage`` is, and ``stage`` itself, in order.
 
         Raises:
-            UserError: if the chain has no such stage.
+            UserError: if the chain has no such stage; ``what`` says where it was named.
         """
         if stage not in self.stages:
-            raise UserError(
-                "stage", stage, f"the chain {self.name} has no such stage", nearest(stage, list(self.stages))
-            )
+            raise UserError(what, stage, f"the chain {self.name} has no such stage", nearest(stage, list(self.stages)))
         wanted = {stage}
         for name in reversed(self.stages):
             if name in wanted:
@@ -303,21 +301,26 @@ def _in_order(tables: dict[str, dict[str, Any]]) -> list[str]:
     return order
 
 
-def _claim(run_dir: Path, chain: Chain, command: str) -> None:
-    """Note whose folder this is; refuse one that belongs to something else."""
+def _refuse_foreign(run_dir: Path, chain: Chain) -> None:
+    """Refuse a folder that belongs to something else."""
     file = run_dir / RUN_FILE
     if not file.exists():
-        strangers = [p.name for p in run_dir.iterdir() if not p.name.startswith(".")] if run_dir.is_dir() else []
+        strangers = [p.name for p in run_dir.iterdir() if not p.name.startswith(".")]
+        strangers = [name for name in strangers if name not in chain.stages or read_stage(run_dir / name) is None]
         if strangers:
             problem = f"holds files of no run ({', '.join(sorted(strangers)[:3])})"
             raise UserError("output_dir", run_dir, problem, "choose an empty or new folder")
-    else:
-        before = read_yaml(file, "output_dir")
-        if before.get("name") != chain.name:
-            problem = f"belongs to the chain {before.get('name')!r}, not {chain.name!r}"
-            raise UserError("output_dir", run_dir, problem, "choose another folder with --output_dir")
+        return
+    before = read_yaml(file, "output_dir")
+    if before.get("name") != chain.name:
+        problem = f"belongs to the chain {before.get('name')!r}, not {chain.name!r}"
+        raise UserError("output_dir", run_dir, problem, "choose another folder with --output_dir")
+
+
+def _claim(run_dir: Path, chain: Chain, command: str) -> None:
+    """Note whose folder this is."""
     table = {"name": chain.name, "about": chain.about, "command": command, "stages": list(chain.stages)}
-    write_json(file, table | {"versions": versions()})
+    write_json(run_dir / RUN_FILE, table | {"versions": versions()})
 
 
 def run(
@@ -344,28 +347,25 @@ def run(
     Raises:
         UserError: for a user's mistake, as far as possible before anything runs.
     """
-    stages = chain.needed_for(until) if until else list(chain.stages)
+    stages = chain.needed_for(until, "--until") if until else list(chain.stages)
     for name in force or []:
-        chain.needed_for(name)
+        chain.needed_for(name, "--force")
     configs = chain.configured(run_dir, overrides)
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError("output_dir", run_dir, "is a file", "choose another folder with --output_dir")
     created = make_folder(run_dir)
     try:
         with plain_os_errors(run_dir), locked(run_dir):
-            _claim(run_dir, chain, command)
-            return _run_locked(chain, run_dir, stages, configs, set(force or []), launcher)
-    except UserError:
-        if not any(run_dir.glob("*/stage.json")) and created:
-            (run_dir / RUN_FILE).unlink(missing_ok=True)
-            (run_dir / "report.html").unlink(missing_ok=True)
+            _refuse_foreign(run_dir, chain)
+            return _run_locked(chain, run_dir, stages, configs, set(force or []), launcher, command)
+    except (UserError, SystemExit):
         remove_empty(created)
         raise
 
 
-def _run_locked(chain, run_dir, stages, configs, force, launcher) -> dict[str, float]:
+def _run_locked(chain, run_dir, stages, configs, force, launcher, command) -> dict[str, float]:
     start = time.monotonic()
-    done = 0
+    done = 0  # stages made here; a run that fails in the first of them leaves the folder as it was
     try:
         for number, name in enumerate(stages, 1):
             config = chain.config_of(name, configs[name])
@@ -374,21 +374,24 @@ def _run_locked(chain, run_dir, stages, configs, force, launcher) -> dict[str, f
             if name not in force and finished(recipe.function, config) is not None:
                 print(f"{head}: up to date", flush=True)
                 continue
-            done += 1
             print(f"{head}: {recipe.summary}", flush=True)
             if launcher:
                 _launch(chain, name, config, run_dir, launcher, name in force)
                 metrics = read_stage(run_dir / name)["metrics"]
             else:
                 metrics = run_one(recipe, config, name in force, chain.recipe_names[name])
+            if not done:
+                _claim(run_dir, chain, command)
+            done += 1
             announce(chain.renamed(name, metrics), config.output_dir)
     finally:
-        if done and any(run_dir.glob("*/stage.json")):
+        if done:
             metrics = collect(chain, run_dir)
             from pipelines.reporting.report import write_report
 
             report = write_report(run_dir)
     if not done:
+        _claim(run_dir, chain, command)
         print(f"nothing to do: {run_dir} is up to date (report: {run_dir / 'report.html'})", flush=True)
         return collect(chain, run_dir)
     print(f"done in {(time.monotonic() - start) / 60:.1f} min: {report}", flush=True)
@@ -415,8 +418,10 @@ def _launch(chain: Chain, name: str, config: Any, run_dir: Path, launcher: list[
     script = shared_folder("recipes") / f"{chain.recipe_names[name]}.py"
     words = [*launcher, str(script), "--config", str(file), *(["--force"] if force else [])]
     environment = dict(os.environ)
-    code = subprocess.run(words, env=environment, check=False).returncode
-    file.unlink(missing_ok=True)
+    try:
+        code = subprocess.run(words, env=environment, check=False).returncode
+    finally:
+        file.unlink(missing_ok=True)
     if code in (2, 130):
         raise SystemExit(code)
     if code:
