@@ -221,19 +221,6 @@ def length_sorted_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def pad_batch(rows: Sequence[Sequence[int]], pad_token_id: int, device: Any = None) -> tuple[Any, Any]:
-    """Token ids padded on the right, and their mask: two int64 tensors (rows, longest)."""
-    import torch
-
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), pad_token_id, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = torch.as_tensor(row, dtype=torch.int64)
-        mask[index, : len(row)] = 1
-    return ids.to(device), mask.to(device)
-
-
 def generate_summaries(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -269,6 +256,7 @@ def generate_summaries(
     import torch
     from tqdm.auto import tqdm
 
+    from pipelines.seq2seq.collators import pad_rows
     from pipelines.seq2seq.sampling import prompt_keys
 
     check_lengths(model, settings)
@@ -283,7 +271,8 @@ def generate_summaries(
     bar = tqdm(total=len(sources), desc=progress, unit="doc", disable=progress is None)
     with bar, inference(model, settings.precision):
         for batch in batches:
-            source_ids, source_mask = pad_batch([sources[i] for i in batch], tokenizer.pad_token_id, device)
+            padded = pad_rows([sources[i] for i in batch], tokenizer.pad_token_id)
+            source_ids, source_mask = (tensor.to(device) for tensor in padded)
             if keys is not None:
                 rows, _ = sample_ids(
                     model,

@@ -36,10 +36,13 @@ class SFTConfig(CorpusFields, LengthConfig, TrainingConfig):
     copy_steps: int = Field(
         0,
         ge=0,
-        description="steps before the summaries in which the model learns to copy the first tokens of the document; a "
-        "small model trained from scratch needs them. They come on top of max_steps or epochs",
+        description="steps before the summaries in which the model learns to copy tokens of the document; a small model "
+        "trained from scratch needs them. They come on top of max_steps or epochs",
     )
     copy_length: int = Field(16, ge=1, description="tokens of the document copied in the copy phase")
+    copy_from: Literal["start", "anywhere"] = Field(
+        "start", description="copy phase: the first tokens of the document, or as many from a random place in it"
+    )
     d_model: int = Field(128, ge=8, description="from scratch: width of the states")
     d_kv: int = Field(32, ge=4, description="from scratch: width of one attention head")
     d_ff: int = Field(512, ge=8, description="from scratch: width of the feed-forward layers")
@@ -169,6 +172,7 @@ def sft(config: SFTConfig) -> dict[str, float]:
         seed=config.seed,
         copy_steps=config.copy_steps,
         copy_length=min(config.copy_length, config.max_target_length - 1),
+        copy_from=config.copy_from,
         end=tokenizer.eos_token_id,
     )
     eval_steps = config.eval_steps or (config.save_steps if config.keep == "best" else None)

@@ -100,8 +100,8 @@ class TokenizedPairs(Dataset):
 class ExampleSchedule(Dataset):
     """All examples of a whole run in the order they are seen; position p belongs to optimizer step p div global batch.
 
-    The first ``copy_steps`` steps ask for the first tokens of the document itself; then come the summaries. In each of
-    the two phases every epoch is a new permutation in which the examples of one step are of like length (transformers'
+    The first ``copy_steps`` steps ask for tokens of the document itself, then come the summaries. In each of the two
+    phases every epoch is a new permutation in which the examples of one step are of like length (transformers'
     ``get_length_grouped_indices``) and the steps are shuffled; an incomplete last step is left out. The order is a
     function of the arguments alone, so resuming is skipping.
 
@@ -111,7 +111,8 @@ class ExampleSchedule(Dataset):
         global_batch: examples of one optimizer step, over all devices.
         seed: of the order.
         copy_steps: optimizer steps of the copy phase, which come first.
-        copy_length: how many first tokens of the document are copied.
+        copy_length: how many tokens of the document are copied.
+        copy_from: ``start``: its first tokens; ``anywhere``: as many in a row, from a random place.
         end: id of the end token, which closes what is copied.
     """
 
@@ -124,6 +125,7 @@ class ExampleSchedule(Dataset):
         seed: int,
         copy_steps: int = 0,
         copy_length: int = 16,
+        copy_from: str = "start",
         end: int = 1,
     ):
         self.pairs, self.copy_steps, self.copy_length, self.end = pairs, copy_steps, copy_length, end
@@ -134,6 +136,8 @@ class ExampleSchedule(Dataset):
         self.order = np.concatenate(
             [self._phase(phase, count, seed) for phase, count in enumerate((copy_steps, steps)) if count]
         )
+        copies = copy_steps * global_batch
+        self.copy_starts = np.random.default_rng([seed, copies]).random(copies) * (copy_from == "anywhere")
 
     def _phase(self, phase: int, steps: int, seed: int) -> np.ndarray:
         lengths = self.pairs.sources.lengths.tolist()
@@ -158,8 +162,9 @@ class ExampleSchedule(Dataset):
         index = int(self.order[position])
         if position >= self.copy_steps * self.global_batch:
             return self.pairs.item(index)
-        source = self.pairs.sources[index]
-        return self.pairs.item(index, [*source[:-1][: self.copy_length], self.end])
+        source = self.pairs.sources[index][:-1]
+        start = int(self.copy_starts[position] * (len(source) - self.copy_length + 1)) if len(source) else 0
+        return self.pairs.item(index, [*source[max(0, start) :][: self.copy_length], self.end])
 
 
 class SFTTrainer(Seq2SeqTrainer):

@@ -166,6 +166,25 @@ def test_copy_phase_asks_for_the_start_of_the_document():
     assert [schedule.epoch_at(step) for step in (0, 3, 15)] == [0, 0, 1]
 
 
+def test_copying_from_anywhere_takes_a_run_of_the_document():
+    pairs = TokenizedPairs(Ragged([[*range(10, 10 + 5 + i), 1] for i in range(40)]), Ragged([[5, 1]] * 40))
+    schedule = ExampleSchedule(
+        pairs, steps=1, global_batch=4, seed=0, copy_steps=60, copy_length=4, copy_from="anywhere"
+    )
+    starts = set()
+    for position in range(240):
+        item = schedule[position]
+        *copied, end = item["labels"]
+        assert end == 1
+        assert copied == list(range(copied[0], copied[0] + 4))
+        assert set(copied) < set(item["input_ids"])
+        starts.add(copied[0])
+        if copied[-1] == item["input_ids"][-2]:
+            starts.add("last")
+    assert len(starts) > 20
+    assert {10, "last"} <= starts
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
