@@ -36,8 +36,8 @@ class SFTConfig(CorpusFields, LengthConfig, TrainingConfig):
     copy_steps: int = Field(
         0,
         ge=0,
-        description="steps before the summaries in which the model learns to copy tokens of the document; a small model "
-        "trained from scratch needs them. They come on top of max_steps or epochs",
+        description="steps before the summaries in which the model learns to copy tokens of the document; a small "
+        "model trained from scratch needs them. They come on top of max_steps or epochs",
     )
     copy_length: int = Field(16, ge=1, description="tokens of the document copied in the copy phase")
     copy_from: Literal["start", "anywhere"] = Field(
