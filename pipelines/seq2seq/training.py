@@ -112,7 +112,8 @@ def training_arguments(config: TrainingConfig, cls: type, **overrides: Any) -> A
         "per_device_train_batch_size": config.batch_size,
         "per_device_eval_batch_size": config.eval_batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation,
-        "gradient_checkpointing": config.gradient_checkpointing,
+        # by its new name, which wins over the old one that TRL's configurations set to True
+        "activation_checkpointing": config.gradient_checkpointing,
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
         "use_cpu": not torch.cuda.is_available(),
