@@ -7,6 +7,7 @@ step is a function of (seed, step) alone, so a killed run goes on exactly where 
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +15,8 @@ from pydantic import Field
 
 from pipelines.config import INERT, Source, config
 from pipelines.corpus.fields import CorpusFields
-from pipelines.errors import Problem, UserError
+from pipelines.errors import Problem, UserError, problems_of
+from pipelines.seq2seq.models import check_model, check_tokenizer, model_problems
 from pipelines.seq2seq.training import LengthConfig, TrainingConfig
 
 if TYPE_CHECKING:
@@ -41,7 +43,9 @@ class SFTConfig(CorpusFields, LengthConfig, TrainingConfig):
     )
     copy_length: int = Field(16, ge=1, description="tokens of the document copied in the copy phase")
     copy_from: Literal["start", "anywhere"] = Field(
-        "start", description="copy phase: the first tokens of the document, or as many from a random place in it"
+        "anywhere",
+        description="copy phase: as many tokens from a random place in the document (it learns to go on with what it "
+        "has begun), or its first ones",
     )
     d_model: int = Field(128, ge=8, description="from scratch: width of the states")
     d_kv: int = Field(32, ge=4, description="from scratch: width of one attention head")
@@ -58,6 +62,11 @@ class SFTConfig(CorpusFields, LengthConfig, TrainingConfig):
         if self.model is None and self.tokenizer is None:
             mend = "give model=FOLDER-or-id to fine-tune, or tokenizer=FOLDER to train from scratch"
             found.append(Problem("model", None, "there is neither a model nor a tokenizer", mend))
+        if self.tokenizer is None:
+            found += model_problems({"model": self.model})
+        else:
+            given = [partial(check_model, self.model, "model")] if self.model is not None else []
+            found += problems_of(*given, partial(check_tokenizer, self.tokenizer, "tokenizer"))
         if self.keep == "best" and self.eval_steps is not None and self.save_steps % self.eval_steps:
             mend = f"give a divisor of save_steps={self.save_steps}"
             found.append(Problem("eval_steps", self.eval_steps, "keep=best needs an evaluation at every save", mend))
@@ -104,19 +113,11 @@ def _load(settings: SFTConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     return model, tokenizer
 
 
-def _steps(settings: SFTConfig, examples: int, global_batch: int) -> int:
-    """Optimizer steps of the summary phase.
-
-    Raises:
-        UserError: fewer examples than one step takes.
-    """
-    if examples < global_batch:
-        problem = f"one step takes {global_batch} examples (devices × batch_size × gradient_accumulation)"
-        value = f"{examples} training examples"
-        raise UserError("dataset", value, problem, f"give more examples, or batch_size={max(1, examples)} or less")
+def _steps(settings: SFTConfig, examples: int, batch: int) -> int:
+    """Optimizer steps of the summary phase."""
     if settings.max_steps > 0:
         return settings.max_steps
-    return max(1, math.ceil(settings.epochs * (examples // global_batch)))
+    return max(1, math.ceil(settings.epochs * (examples // batch)))
 
 
 def _save(trainer: Any, settings: SFTConfig) -> None:
@@ -151,6 +152,7 @@ def sft(config: SFTConfig) -> dict[str, float]:
     from pipelines.seq2seq.sft_trainer import ExampleSchedule, SFTTrainer, TokenizedPairs
     from pipelines.seq2seq.training import (
         checkpoint_marker,
+        global_batch,
         last_checkpoint,
         optimizer_choice,
         save_history,
@@ -163,12 +165,12 @@ def sft(config: SFTConfig) -> dict[str, float]:
     bar = state.is_main_process
     pairs = TokenizedPairs.of(corpus["train"], tokenizer, config, progress="tokenizing train" if bar else None)
     held_out = TokenizedPairs.of(corpus["validation"], tokenizer, config, progress="validation" if bar else None)
-    global_batch = config.batch_size * config.gradient_accumulation * state.num_processes
-    steps = _steps(config, len(pairs), global_batch)
+    batch = global_batch(config, len(pairs))
+    steps = _steps(config, len(pairs), batch)
     schedule = ExampleSchedule(
         pairs,
         steps=steps,
-        global_batch=global_batch,
+        global_batch=batch,
         seed=config.seed,
         copy_steps=config.copy_steps,
         copy_length=min(config.copy_length, config.max_target_length - 1),
