@@ -7,5 +7,3 @@ __version__ = "0.1.0"
 # Nothing is reported to anyone: TRL sends usage data by default through huggingface_hub, which honours this switch.
 # It must be set before huggingface_hub is imported, hence here.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-# Forked data workers make the tokenizers library print a page of warnings and turn its threads off by itself.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
