@@ -8,7 +8,7 @@ from pipelines.config import Problem, Source, config
 
 EMBEDDED = "pydocs"
 
-_OF_DATA = {"of": ["dataset", "preferences"]}
+_OF_DATA = {"of": ["dataset", "preferences", "rankings"]}
 """Marks a field that says how to read data; a stage that takes its data from another has no use for it."""
 
 
@@ -127,6 +127,28 @@ class PreferenceFields(SplitFields):
     def problems(self) -> list[Problem]:
         found = super().problems()
         names = ("preferences", "validation_preferences", "test_preferences")
+        return found + _same_twice([(name, value) for name in names if (value := getattr(self, name)) is not None])
+
+
+@config
+class RankingFields(SplitFields):
+    """Ranked lists of completions: what the preferences stage saved under ``rankings``, or a file of people's own."""
+
+    rankings: Source = Field(
+        description="folder ``rankings`` that the preferences stage saved, or own data with the columns prompt, "
+        "completions (a list of texts) and ranking (their numbers from 0, best first; those left out are worse than "
+        "those named): a .jsonl, .json or .parquet file, a folder of train/validation/test files, or a hub id"
+    )
+    validation_rankings: Source | None = Field(
+        None, description="file or folder of the validation lists", json_schema_extra=_OF_DATA
+    )
+    test_rankings: Source | None = Field(
+        None, description="file or folder of the test lists", json_schema_extra=_OF_DATA
+    )
+
+    def problems(self) -> list[Problem]:
+        found = super().problems()
+        names = ("rankings", "validation_rankings", "test_rankings")
         return found + _same_twice([(name, value) for name in names if (value := getattr(self, name)) is not None])
 
 

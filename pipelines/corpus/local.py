@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.corpus.fields import EMBEDDED, CorpusFields, PreferenceFields, SplitFields
+from pipelines.corpus.fields import EMBEDDED, CorpusFields, PreferenceFields, RankingFields, SplitFields
 from pipelines.corpus.readers import (
     Rows,
     from_dataset,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 SPLITS = ("train", "validation", "test")
 CORPUS_COLUMNS = ("id", "document", "summary", "references")
 PREFERENCE_COLUMNS = ("id", "prompt", "chosen", "rejected", "chosen_score", "rejected_score", "margin")
+RANKING_COLUMNS = ("id", "prompt", "completions", "ranking")
 
 Example = dict[str, Any]
 
@@ -158,6 +159,41 @@ def _preference_examples(rows: Rows, split: str, fields: PreferenceFields) -> li
         example |= scores | {"margin": scores["chosen_score"] - scores["rejected_score"]}
         examples.append(example)
     return _with_ids(examples, [row.get("id") for _, row in rows.rows], split)
+
+
+def _ranking_examples(rows: Rows, split: str, fields: RankingFields) -> list[Example]:
+    for column in ("prompt", "completions", "ranking"):
+        _check_column(rows, rows.what, column, option=False)
+    examples = []
+    for place, row in rows.rows:
+        texts = _cell(row, "completions", place, rows.what)
+        if not isinstance(texts, (list, tuple)) or len(texts) < 2:
+            problem = f"the column 'completions' holds {type_of(texts)}, not a list of at least two texts"
+            if isinstance(texts, (list, tuple)):
+                problem = f"the column 'completions' holds {len(texts)} texts: there is nothing to rank"
+            raise UserError(rows.what, place, problem, "give a list of two or more texts")
+        completions = [text_of(text, f"completions[{i}]", place, rows.what) for i, text in enumerate(texts)]
+        if len(set(completions)) < len(completions):
+            twice = next(i for i, text in enumerate(completions) if text in completions[:i])
+            raise UserError(rows.what, place, f"completions[{twice}] stands there twice", "keep one of them")
+        ranking = _ranking_of(_cell(row, "ranking", place, rows.what), len(completions), place, rows.what)
+        prompt = text_of(_cell(row, "prompt", place, rows.what), "prompt", place, rows.what)
+        examples.append({"prompt": prompt, "completions": completions, "ranking": ranking})
+    return _with_ids(examples, [row.get("id") for _, row in rows.rows], split)
+
+
+def _ranking_of(value: Any, count: int, place: str, what: str) -> list[int]:
+    mend = f"give the completions' numbers from 0 to {count - 1}, best first"
+    if not isinstance(value, (list, tuple)):
+        raise UserError(what, place, f"the column 'ranking' holds {type_of(value)}, not a list of numbers", mend)
+    if not value:
+        raise UserError(what, place, "the column 'ranking' is empty", mend)
+    for number in value:
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < count:
+            raise UserError(what, place, f"the column 'ranking' holds {number!r}, no completion's number", mend)
+    if len(set(value)) < len(value):
+        raise UserError(what, place, "the column 'ranking' names a completion twice", mend)
+    return list(value)
 
 
 def _with_ids(examples: list[Example], given: list[Any], split: str) -> list[Example]:
@@ -334,6 +370,7 @@ def _features(columns: Sequence[str]) -> Any:
 
     text, number = datasets.Value("string"), datasets.Value("float64")
     kinds = {"references": datasets.List(text), "chosen_score": number, "rejected_score": number, "margin": number}
+    kinds |= {"completions": datasets.List(text), "ranking": datasets.List(datasets.Value("int64"))}
     return datasets.Features({column: kinds.get(column, text) for column in columns})
 
 
@@ -375,8 +412,12 @@ def load_corpus(fields: CorpusFields) -> DatasetDict:
     )
 
 
-def load_preferences(fields: PreferenceFields) -> DatasetDict:
+def load_preferences(fields: PreferenceFields, *, field: str = "preferences") -> DatasetDict:
     """The preference pairs that ``fields`` name: splits train, validation and test; pairs of one prompt stay together.
+
+    Args:
+        fields: where the pairs are.
+        field: what the user calls ``fields.preferences``, for messages.
 
     Returns:
         Columns ``id``, ``prompt``, ``chosen``, ``rejected``, ``chosen_score``, ``rejected_score`` and ``margin``,
@@ -386,8 +427,26 @@ def load_preferences(fields: PreferenceFields) -> DatasetDict:
         UserError: whatever is wrong with the data, also a pair of identical texts, or one scored the wrong way round.
     """
     sources = {
-        "train": ("preferences", fields.preferences),
+        "train": (field, fields.preferences),
         "validation": ("validation_preferences", fields.validation_preferences),
         "test": ("test_preferences", fields.test_preferences),
     }
     return _load(sources, fields, PREFERENCE_COLUMNS, "prompt", _preference_examples)
+
+
+def load_rankings(fields: RankingFields) -> DatasetDict:
+    """The ranked lists that ``fields`` name: splits train, validation and test; lists of one prompt stay together.
+
+    Returns:
+        Columns ``id``, ``prompt``, ``completions`` (K ≥ 2 different texts) and ``ranking`` (numbers of completions,
+        best first; those that are not named are worse than those that are, in no order).
+
+    Raises:
+        UserError: whatever is wrong with the data, with the file and line where there is one.
+    """
+    sources = {
+        "train": ("rankings", fields.rankings),
+        "validation": ("validation_rankings", fields.validation_rankings),
+        "test": ("test_rankings", fields.test_rankings),
+    }
+    return _load(sources, fields, RANKING_COLUMNS, "prompt", _ranking_examples, as_they_are=False)

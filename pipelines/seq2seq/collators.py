@@ -138,12 +138,15 @@ class SetEpoch(TrainerCallback):
 class GroupedByLength:
     """Mixin for a Trainer over tokenized pairs: takes its examples in the order of ``LengthGroupedSampler``."""
 
+    def _lengths(self, dataset: Dataset) -> list[int]:
+        """Tokens of each example."""
+        return np.sum([list(map(len, dataset[column])) for column in PAIR_COLUMNS], axis=0).tolist()
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGroupedSampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        lengths = np.sum([list(map(len, dataset[column])) for column in PAIR_COLUMNS], axis=0).tolist()
         step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        sampler = LengthGroupedSampler(lengths, step_size, seed)
+        sampler = LengthGroupedSampler(self._lengths(dataset), step_size, seed)
         self.remove_callback(SetEpoch)
         self.add_callback(SetEpoch(sampler))
         return sampler

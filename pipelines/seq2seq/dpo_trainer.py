@@ -52,6 +52,8 @@ class EncoderDecoderDPOTrainer(GroupedByLength, DPOTrainer):
         UserError: the model is no encoder-decoder that a view can be made of.
     """
 
+    collator_class: type = PairCollator
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -86,7 +88,7 @@ class EncoderDecoderDPOTrainer(GroupedByLength, DPOTrainer):
             model=model,
             ref_model=ref_model,
             args=args,
-            data_collator=PairCollator(processing_class.pad_token_id, decoder_start_id(model)),
+            data_collator=self.collator_class(processing_class.pad_token_id, decoder_start_id(model)),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,

@@ -101,6 +101,54 @@ def dpo_loss(
     return -(1 - label_smoothing) * F.logsigmoid(beta * delta) - label_smoothing * F.logsigmoid(-beta * delta)
 
 
+def plackett_luce_loss(rewards: Tensor, ranking: Tensor, *, top_k: int | Tensor | None = None) -> Tensor:
+    """Negative log-likelihood of rankings under Plackett–Luce, per list (Plackett 1975; Rafailov et al. 2023, eq. 18).
+
+    −Σ_{k ≤ top_k} log[ e^{r_k} / Σ_{j ≥ k} e^{r_j} ] with r_k the reward of what was ranked k-th: the best is drawn
+    first, in proportion to e^r, then the next of those that are left. For two it is Bradley–Terry's.
+
+    Args:
+        rewards: (B, K) of each list's completions, in any order; what stands beyond a shorter list must be finite.
+        ranking: (B, K) integers, the numbers of the completions from best to worst; −1 beyond the end of a shorter
+            list. What stands after the first ``top_k`` is worse than those, in no order.
+        top_k: how many leading places are known, one number or (B,); None: all.
+
+    Returns:
+        (B,) fp32 losses; log K! of a full ranking where all rewards are equal.
+    """
+    ordered, _, decided = _in_rank_order(rewards, ranking, top_k)
+    places = torch.arange(ranking.shape[1], device=ranking.device)
+    # Each place competes with what stands behind it; with itself in any case, so that no sum is empty.
+    rivals = (places >= places[:, None]) & (ranking >= 0)[:, None] | (places == places[:, None])
+    total = ordered[:, None].masked_fill(~rivals, float("-inf")).logsumexp(-1)
+    return ((total - ordered) * decided).sum(-1)
+
+
+def ranking_agreement(rewards: Tensor, ranking: Tensor, *, top_k: int | Tensor | None = None) -> Tensor:
+    """Share of the pairs that a ranking decides which the rewards order alike, a tie counting one half: (B,) fp32.
+
+    Args:
+        rewards: as for ``plackett_luce_loss``, and so the others.
+        ranking: with at least two entries in each row.
+        top_k: as there.
+    """
+    ordered, present, decided = _in_rank_order(rewards, ranking, top_k)
+    places = torch.arange(ranking.shape[1], device=ranking.device)
+    pairs = decided[:, :, None] & present[:, None] & (places > places[:, None])
+    difference = ordered[:, :, None] - ordered[:, None]
+    right = (difference > 0).float() + 0.5 * (difference == 0).float()
+    return (right * pairs).sum((1, 2)) / pairs.sum((1, 2))
+
+
+def _in_rank_order(rewards: Tensor, ranking: Tensor, top_k: int | Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Rewards (B, K) from best- to worst-ranked, and where a completion and a known place stand."""
+    present = ranking >= 0
+    places = torch.arange(ranking.shape[1], device=ranking.device)
+    known = ranking.shape[1] if top_k is None else top_k
+    decided = present & (places < (known[:, None] if isinstance(known, Tensor) else known))
+    return _wide(rewards).gather(1, ranking.clamp(min=0)), present, decided
+
+
 def kl_estimate(log_probs: Tensor, reference: Tensor, estimator: Literal["k1", "k2", "k3"] = "k1") -> Tensor:
     """Estimates of KL(π‖π_ref) from samples of π, elementwise (Schulman 2020, "Approximating KL divergence").
 

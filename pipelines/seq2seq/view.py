@@ -7,6 +7,8 @@
 
 encodes each source once, decodes K completions of it, and answers with decoder states. That is the call which TRL's
 trainers make of a causal language model's backbone (``trl.trainer.utils.add_fused_lm_head``): they train it as it is.
+Rows are sample-major; where sources have unequal numbers of them, ``encoder_rows`` (R,) says each row's source. A
+source that is not text goes in under its own name: ``encoder_input_features`` (speech), ``encoder_pixel_values``.
 
 Nothing here goes by model names. Encoder and decoder come from transformers' ``get_encoder`` and ``get_decoder``, the
 encoder's input goes in under the model's own ``main_input_name``, and the path from decoder states to logits (T5's
@@ -54,6 +56,10 @@ class EncoderDecoderView:
         # find it by that name: they rebuild it from the plain class.
         return _rebuild, (self._plain_class,), self.__dict__
 
+    def get_decoder(self) -> nn.Module:
+        """The module that makes the decoder's states; composite models hold a whole language model there."""
+        return decoder_trunk(super())
+
     def get_output_embeddings(self) -> Any:
         """The model's own head; once after a scoring forward, the head with ``final_logits_bias`` as its bias."""
         head = super().get_output_embeddings()
@@ -76,12 +82,13 @@ def _scoring_forward(plain_class: type[PreTrainedModel]) -> Any:
         side = {name.removeprefix(_SIDE): value for name, value in kwargs.items() if name.startswith(_SIDE)}
         if kwargs.get("decoder_input_ids") is not None or kwargs.get("decoder_inputs_embeds") is not None:
             raise TypeError("with encoder side inputs the decoder reads input_ids, not decoder_input_ids")
+        order = side.pop("rows", "sample-major")
         states = run_encoder(self, side)
         decoder_input_ids = kwargs["input_ids"]
         result = run_decoder(
             self,
-            spread_rows(states, len(decoder_input_ids), "sample-major"),
-            spread_rows(side.get("attention_mask"), len(decoder_input_ids), "sample-major"),
+            spread_rows(states, len(decoder_input_ids), order),
+            spread_rows(side.get("attention_mask"), len(decoder_input_ids), order),
             decoder_input_ids,
             kwargs.get("attention_mask"),
         )
@@ -169,16 +176,71 @@ def _parameters(module_class: type[nn.Module]) -> frozenset[str]:
     return frozenset(inspect.signature(module_class.forward).parameters)
 
 
+def decoder_trunk(model: Any) -> nn.Module:
+    """The decoder of a model without any head: what ``get_decoder`` gives, and what that gives, and so on."""
+    decoder = model.get_decoder()
+    while (inner := decoder.get_decoder()) is not decoder:
+        decoder = inner
+    return decoder
+
+
 def run_encoder(model: PreTrainedModel, inputs: dict[str, Tensor | None]) -> Tensor:
     """Encoder states (B, S, H) of any transformers encoder-decoder, with or without a language-model head.
 
     Args:
         model: with ``get_encoder()``.
         inputs: tensors under the encoder's own argument names; a mask it does not know is left out.
+
+    Returns:
+        (B, S, H), as the decoder reads them: projected to its width in composite models.
     """
     encoder = model.get_encoder()
     known = _parameters(type(encoder))
-    return encoder(**{name: value for name, value in inputs.items() if name in known}).last_hidden_state
+    states = encoder(**{name: value for name, value in inputs.items() if name in known}).last_hidden_state
+    return _projected(model, states)
+
+
+def _projected(model: PreTrainedModel, states: Tensor) -> Tensor:
+    # Vision-, speech- and text-encoder-decoder models of two parts of unlike widths.
+    projection = getattr(model, "enc_to_dec_proj", None)
+    return states if projection is None else projection(states)
+
+
+def states_mask(model: PreTrainedModel, states: Tensor, source_mask: Tensor | None) -> Tensor | None:
+    """The mask (B, S') of encoder states (B, S', H), from that of the source (B, S), which a speech encoder shortens.
+
+    Raises:
+        ValueError: the lengths differ and the model has no rule for it.
+    """
+    if source_mask is None or source_mask.shape[1] == states.shape[1]:
+        return source_mask
+    for module in (model, model.base_model, model.get_encoder()):
+        shortened = getattr(module, "_get_feature_vector_attention_mask", None)
+        if shortened is not None:
+            return shortened(states.shape[1], source_mask)
+    raise ValueError(f"a mask of length {source_mask.shape[1]} for {states.shape[1]} encoder states: give None")
+
+
+def left_aligned(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows with their padding moved behind the real tokens, so that positions are those of the row by itself.
+
+    A decoder with absolute positions (BART, Whisper, GPT-2 …) counts padding on the left as tokens even where a mask
+    hides it.
+
+    Args:
+        ids: (R, T).
+        mask: (R, T), 1 on the real tokens of each row; padding on either side.
+
+    Returns:
+        ids and mask (R, T), and the places (R, T) to ``gather`` results from to have them where the tokens were; None
+        in its place where nothing was moved.
+    """
+    shift = mask.bool().int().argmax(dim=1, keepdim=True)
+    if not shift.any():
+        return ids, mask, None
+    places = torch.arange(ids.shape[1], device=ids.device)
+    order = (places + shift) % ids.shape[1]
+    return ids.gather(1, order), mask.gather(1, order), (places - shift) % ids.shape[1]
 
 
 def run_decoder(
@@ -196,17 +258,24 @@ def run_decoder(
         source_mask: (R, S) or None.
         decoder_input_ids: (R, T).
         decoder_mask: (R, T), or None where rows are padded on the right.
+
+    Returns:
+        (R, T, H); a row's states do not depend on which side its padding is.
     """
-    decoder = model.get_decoder()
+    decoder, back = decoder_trunk(model), None
+    if decoder_mask is not None:
+        decoder_input_ids, decoder_mask, back = left_aligned(decoder_input_ids, decoder_mask)
     inputs = {
         "input_ids": decoder_input_ids,
         "attention_mask": decoder_mask,
         "encoder_hidden_states": states,
-        "encoder_attention_mask": source_mask,
+        "encoder_attention_mask": states_mask(model, states, source_mask),
         "use_cache": False,
     }
     known = _parameters(type(decoder))
     result = decoder(**{name: value for name, value in inputs.items() if name in known}).last_hidden_state
+    if back is not None:
+        result = result.gather(1, back[..., None].expand_as(result))
     scale = model.__dict__.get("_view_scale", 1.0)
     return result if scale == 1.0 else result * scale
 
@@ -244,7 +313,7 @@ def _measured_scale(model: PreTrainedModel) -> float:
     name = type(model).__name__
     mend = "use a T5, BART, Pegasus, Marian or like model, or write its path in pipelines/seq2seq/view.py"
     try:
-        encoder, decoder = model.get_encoder(), model.get_decoder()
+        encoder, decoder = model.get_encoder(), decoder_trunk(model)
         head = model.get_output_embeddings()
         width = getattr(encoder.config, "hidden_size", None) or encoder.config.d_model
     except (AttributeError, NotImplementedError) as error:
@@ -261,7 +330,7 @@ def _measured_scale(model: PreTrainedModel) -> float:
     with _evaluating(model):
         encoded = BaseModelOutput(last_hidden_state=states)
         wanted = model(encoder_outputs=encoded, decoder_input_ids=ids, use_cache=False).logits.float()
-        result = run_decoder(model, states, None, ids, None)
+        result = run_decoder(model, _projected(model, states), None, ids, None)
         tolerance = (1e-3 if head.weight.dtype == torch.float32 else 5e-2) * wanted.abs().max().clamp(min=1e-6)
         for scale in (1.0, result.shape[-1] ** -0.5):
             found = output_logits(model, result * scale).float()
@@ -380,18 +449,52 @@ def sequence_log_probs(
         model: a view, or a PEFT model around one.
         encoder_states: (B, S, H) from ``encode``.
         source_mask: (B, S) or None.
-        completion_ids: (R, T) padded on the right, without the decoder's start token, with the end token if it came.
-        completion_mask: (R, T), 1 for the tokens that count.
+        completion_ids: (R, T) padded on either side, without the decoder's start token, with the end token if it came.
+        completion_mask: (R, T), 1 on the real tokens.
         order: how the R rows belong to the B sources; needed where R is not B.
         temperature: the logits are divided by it.
 
     Returns:
-        (R, T) in fp32, 0 where the mask is 0. The head is applied to the positions that count only.
+        (R, T) in fp32, 0 where the mask is 0. The head is applied to the real positions only.
     """
-    states = decode(model, encoder_states, source_mask, decoder_inputs(model, completion_ids), order=order)
-    mask = completion_mask.bool()
-    found = token_log_probs(output_logits(model, states[mask]), completion_ids[mask], temperature=temperature)
-    return found.new_zeros(mask.shape).masked_scatter(mask, found)
+    ids, mask, back = left_aligned(completion_ids, completion_mask.bool())
+    states = decode(model, encoder_states, source_mask, decoder_inputs(model, ids), order=order)
+    found = token_log_probs(output_logits(model, states[mask]), ids[mask], temperature=temperature)
+    found = found.new_zeros(mask.shape).masked_scatter(mask, found)
+    return found if back is None else found.gather(1, back)
+
+
+@torch.no_grad()
+def check_log_probs(
+    model: Any, sources: dict[str, Tensor | None], decoder_ids: Tensor, mask: Tensor, found: Tensor
+) -> None:
+    """Compare log-probabilities with the plain class's teacher-forced ones: the guard against silent failures.
+
+    A completion scored without its source, against a shifted label or through half a head gives an entropy near ln V
+    and a loss that falls all the same. The trainers therefore check their first batch.
+
+    Args:
+        model: a view, or a PEFT model around one, in evaluation mode or without dropout.
+        sources: (R, …) each under its name in the plain class's forward, one for every row.
+        decoder_ids: (R, 1 + T) ``[start; completion]``, padded on the right.
+        mask: (R, T), 1 on the completion's real tokens.
+        found: (R, T) log-probabilities to check.
+
+    Raises:
+        RuntimeError: they differ.
+    """
+    inner = unwrap(model)
+    plain = inner._plain_class.forward(inner, **sources, decoder_input_ids=decoder_ids[:, :-1], use_cache=False).logits
+    wanted = token_log_probs(plain, decoder_ids[:, 1:])
+    exact = plain.dtype == torch.float32
+    gap = (found.float() - wanted)[mask.bool()].abs()
+    allowed = (1e-3 if exact else 0.3) + (1e-3 if exact else 0.1) * wanted[mask.bool()].abs()
+    if not (gap <= allowed).all():
+        gap = gap.max().item()
+        raise RuntimeError(f"log-probabilities differ from those of {type(inner).__name__} itself by {gap:.3g}")
+
+
+_DROPS = ("dropout", "layerdrop", "drop_prob", "drop_path")
 
 
 def silence_dropout(model: nn.Module) -> nn.Module:
@@ -405,6 +508,6 @@ def silence_dropout(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for name, value in vars(module).items():
-            if isinstance(value, float) and ("dropout" in name or "layerdrop" in name):
+            if isinstance(value, float) and any(part in name for part in _DROPS):
                 setattr(module, name, 0.0)
     return model
