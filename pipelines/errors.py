@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 _LONGEST_VALUE = 200
@@ -59,3 +60,14 @@ class UserError(Exception):
         error.problems = list(problems)
         error.args = (str(error),)
         return error
+
+
+def problems_of(*checks: Callable[[], object]) -> list[Problem]:
+    """What the ``UserError`` of each check says, in order; a check that passes adds nothing."""
+    found: list[Problem] = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            found.extend(error.problems)
+    return found

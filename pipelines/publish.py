@@ -67,6 +67,21 @@ def write_card(stage_dir: Path | str) -> Path:
     return path
 
 
+def check_repo_id(repo_id: str) -> None:
+    """Refuse what cannot be a repository's name.
+
+    Raises:
+        UserError: if it is not ``owner/name`` as the Hub takes it.
+    """
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        mend = "give owner/name, of letters, digits, -, _ and ."
+        raise UserError("repo_id", repo_id, "not a valid name", mend) from None
+
+
 def push(
     stage_dir: Path | str,
     repo_id: str,
@@ -90,16 +105,11 @@ def push(
         UserError: if the folder is no finished stage's, the name is not valid, there is no token or no network, or the
             Hub refuses. The message never holds the token; the card is in the folder all the same.
     """
-    write_card(stage_dir)
     folder, record = _finished(stage_dir)
+    check_repo_id(repo_id)
+    write_card(stage_dir)
     from huggingface_hub import HfApi, constants, get_token
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError:
-        mend = "give owner/name, of letters, digits, -, _ and ."
-        raise UserError("repo_id", repo_id, "not a valid name", mend) from None
     if constants.is_offline_mode():
         problem = f"offline mode is on; {_kept(folder)}"
         raise UserError("repo_id", repo_id, problem, "unset HF_HUB_OFFLINE and push again")

@@ -121,6 +121,13 @@ def _stop(number: int, frame: Any) -> None:
     raise KeyboardInterrupt(signal.Signals(number).name)
 
 
+def _close_bars() -> None:
+    """End the lines of progress bars that stand open, so that what is said next has a line of its own."""
+    if "tqdm" in sys.modules:
+        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
+            bar.close()
+
+
 def guarded(action: Callable[[], None]) -> int:
     """Run ``action``; a user's mistake becomes lines on standard error and 2, an interruption a hint and 130."""
     rank = int(os.environ.get("RANK", "0"))
@@ -128,11 +135,13 @@ def guarded(action: Callable[[], None]) -> int:
     try:
         action()
     except UserError as error:
+        _close_bars()
         if rank == 0:
             for problem in error.problems:
                 print(f"error: {problem}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
+        _close_bars()
         if rank == 0:
             print("\ninterrupted: give the same command again to go on from here", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED

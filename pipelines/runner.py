@@ -31,6 +31,7 @@ from pipelines.config import as_plain, fields_of, nearest, override, read_yaml, 
 from pipelines.errors import Problem, UserError
 from pipelines.recipe import Recipe, announce, run_one
 from pipelines.stage import (
+    STAGE_FILE,
     finished,
     locked,
     make_folder,
@@ -124,6 +125,7 @@ class Chain:
         stages: stage name -> its fields, in an order in which each stage comes after those it names.
         recipes: stage name -> its recipe.
         recipe_names: stage name -> ``family/stage``.
+        source: the name or path it was read by.
     """
 
     name: str
@@ -131,6 +133,7 @@ class Chain:
     stages: dict[str, dict[str, Any]]
     recipes: dict[str, Recipe] = field(repr=False)
     recipe_names: dict[str, str]
+    source: str = ""
 
     @classmethod
     def load(cls, source: str | Path) -> Chain:
@@ -159,7 +162,9 @@ class Chain:
                 )
         if problems:
             raise UserError.of(problems)
-        return cls._build(str(values.get("name", path.stem)), str(values.get("about", "")), stages, defaults)
+        chain = cls._build(str(values.get("name", path.stem)), str(values.get("about", "")), stages, defaults)
+        chain.source = str(source)
+        return chain
 
     @classmethod
     def _build(cls, name: str, about: str, stages: dict[str, Any], defaults: dict[str, Any]) -> Chain:
@@ -375,14 +380,18 @@ def _run_locked(chain, run_dir, stages, configs, force, launcher, command) -> di
                 print(f"{head}: up to date", flush=True)
                 continue
             print(f"{head}: {recipe.summary}", flush=True)
-            if launcher:
-                _launch(chain, name, config, run_dir, launcher, name in force)
-                metrics = read_stage(run_dir / name)["metrics"]
-            else:
-                metrics = run_one(recipe, config, name in force, chain.recipe_names[name])
-            if not done:
-                _claim(run_dir, chain, command)
-            done += 1
+            before = _stamp(run_dir / name)
+            try:
+                if launcher:
+                    _launch(chain, name, config, run_dir, launcher, name in force)
+                    metrics = read_stage(run_dir / name)["metrics"]
+                else:
+                    metrics = run_one(recipe, config, name in force, chain.recipe_names[name])
+            finally:
+                # A stage may be made and its push fail.
+                if _stamp(run_dir / name) != before:
+                    _claim(run_dir, chain, command)
+                    done += 1
             announce(chain.renamed(name, metrics), config.output_dir)
     finally:
         if done:
@@ -396,6 +405,12 @@ def _run_locked(chain, run_dir, stages, configs, force, launcher, command) -> di
         return collect(chain, run_dir)
     print(f"done in {(time.monotonic() - start) / 60:.1f} min: {report}", flush=True)
     return metrics
+
+
+def _stamp(stage_dir: Path) -> int:
+    """When the stage was made; 0 where it is not there."""
+    file = stage_dir / STAGE_FILE
+    return file.stat().st_mtime_ns if file.exists() else 0
 
 
 def collect(chain: Chain, run_dir: Path) -> dict[str, float]:
@@ -451,7 +466,7 @@ def run_stage(chain: Chain, name: str, overrides: list[str], *, force: bool = Fa
     for before in chain.needed_for(name)[:-1]:
         made = read_stage(run_dir / before)
         if made is None or made["state"] != "finished":
-            mend = f"run it first: genalign run {chain.name} --output_dir {run_dir} --until {name}"
+            mend = f"run it first: genalign run {chain.source} --output_dir {run_dir} --until {name}"
             raise UserError(before, run_dir / before, "this stage comes before and is not finished", mend)
     config = chain.config_of(name, chain.configured(run_dir, mine)[name])
     announce(run_one(chain.recipes[name], config, force, chain.recipe_names[name]), config.output_dir)

@@ -201,6 +201,10 @@ def working_folder(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.partial")
 
 
+def _has_files(folder: Path) -> bool:
+    return any(path.is_file() for path in folder.rglob("*"))
+
+
 def _refuse_foreign(folder: Path, name: str) -> None:
     if not folder.exists():
         return
@@ -322,7 +326,7 @@ def _prepared(
             try:
                 yield work, record
             except BaseException as error:
-                if isinstance(error, UserError) and not (work / CHECKPOINTS).exists():
+                if isinstance(error, UserError) and not _has_files(work / CHECKPOINTS):
                     shutil.rmtree(work, ignore_errors=True)
                 elif work.exists():
                     record.pop("_start", None)

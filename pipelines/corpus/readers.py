@@ -259,7 +259,7 @@ def split_files(folder: Path, what: str) -> dict[str, list[Path]]:
     if not found:
         names = "train, validation and test files" + f" ({', '.join(SUFFIXES)})"
         raise UserError(what, folder, f"holds neither a saved dataset nor {names}", "give a data file")
-    return found
+    return {split: found[split] for split in SPLIT_NAMES if split in found}
 
 
 def type_of(value: Any) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 from pydantic import Field
 
 from pipelines.config import Source, StageConfig, config
 from pipelines.corpus.fields import CorpusFields
+from pipelines.errors import Problem, problems_of
 
 
 @config
@@ -23,6 +25,14 @@ class TokenizerConfig(CorpusFields, StageConfig):
     lowercase: bool = Field(
         True, description="give up upper case: a small model trained from scratch learns and copies words sooner"
     )
+
+    def problems(self) -> list[Problem]:
+        found = super().problems()
+        if self.model is not None:
+            from pipelines.seq2seq.models import check_tokenizer
+
+            found += problems_of(partial(check_tokenizer, self.model, "model"))
+        return found
 
 
 def tokenizer(config: TokenizerConfig) -> dict[str, float]:

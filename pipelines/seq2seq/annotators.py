@@ -6,13 +6,16 @@ better. ``rouge`` is built in; a user's own is named ``module:function``.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
 
-from pipelines.errors import UserError
+from pipelines.errors import Problem, UserError, problems_of
 
 Annotator = Callable[[Sequence[str], Sequence[str], Sequence[Sequence[str]]], list[float]]
 
@@ -79,6 +82,29 @@ def checked_scores(scores: object, count: int, field: str, spec: str) -> list[fl
             raise UserError(field, spec, f"score {index} is {number}", "return finite numbers only")
         checked.append(number)
     return checked
+
+
+def annotator_problems(spec: str, field: str = "annotator") -> list[Problem]:
+    """What is wrong with the annotator that a configuration names: a user's module is imported, nothing is called."""
+    return problems_of(partial(load_annotator, spec, field=field))
+
+
+def annotator_sources(specs: Iterable[str]) -> dict[str, str]:
+    """Digests of the files that users' own functions stand in: a function that was mended is another one.
+
+    Args:
+        specs: names of functions; what is not of the form ``module:function`` is passed over.
+
+    Returns:
+        spec -> SHA-256 of its module's file, where it has one.
+    """
+    found = {}
+    for spec in specs:
+        if ":" in spec:
+            _user_function(spec, "annotator")
+            file = getattr(sys.modules[spec.partition(":")[0]], "__file__", None)
+            found[spec] = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+    return found
 
 
 def load_annotator(spec: str, *, field: str = "annotator") -> Annotator:

@@ -10,6 +10,7 @@ from pydantic import Field
 from pipelines.config import INERT, Problem, Source, config
 from pipelines.corpus.fields import PreferenceFields
 from pipelines.errors import UserError
+from pipelines.seq2seq.models import model_problems
 from pipelines.seq2seq.training import LengthConfig, TrainingConfig
 
 LossType = Literal[
@@ -57,7 +58,7 @@ class DPOStageConfig(PreferenceFields, LengthConfig, TrainingConfig):
     epochs: float = Field(1.0, gt=0, description="passes over the pairs")
 
     def problems(self) -> list[Problem]:
-        found = super().problems()
+        found = super().problems() + model_problems({"model": self.model})
         if self.label_smoothing and self.loss_type not in _SMOOTHED:
             mend = f"give label_smoothing=0, or loss_type one of {', '.join(_SMOOTHED)}"
             found.append(Problem("label_smoothing", self.label_smoothing, f"{self.loss_type} does not read it", mend))
@@ -97,6 +98,7 @@ def dpo(config: DPOStageConfig) -> dict[str, float]:
     from pipelines.seq2seq.models import load_seq2seq, load_tokenizer
     from pipelines.seq2seq.training import (
         checkpoint_marker,
+        global_batch,
         last_checkpoint,
         optimizer_choice,
         save_history,
@@ -115,6 +117,7 @@ def dpo(config: DPOStageConfig) -> dict[str, float]:
     for split in ("train", "validation", "test"):
         pairs[split], cut[split] = tokenize_pairs(texts[split], tokenizer, config)
 
+    global_batch(config, len(pairs["train"]), field="preferences", noun="pairs")
     watch = len(pairs["validation"]) > 0
     arguments = training_arguments(
         config,

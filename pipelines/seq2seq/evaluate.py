@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +12,10 @@ from pydantic import Field
 
 from pipelines.config import INERT, Source, StageConfig, config, nearest
 from pipelines.corpus.fields import CorpusFields
-from pipelines.errors import Problem
+from pipelines.errors import Problem, problems_of
+from pipelines.seq2seq.annotators import annotator_problems, annotator_sources
 from pipelines.seq2seq.generation import GenerationConfig, settings_of
+from pipelines.seq2seq.models import check_reward_model, model_problems
 
 BASELINES = ("lead1", "name", "qualified_name", "random_summary")
 ROUGE_METRIC = Path(__file__).parent / "rouge_metric"
@@ -39,7 +42,10 @@ class EvaluateConfig(CorpusFields, GenerationConfig, StageConfig):
     shard_size: int = Field(512, ge=1, description="documents between two savings of a system's outputs")
 
     def problems(self) -> list[Problem]:
-        found = super().problems()
+        found = super().problems() + annotator_problems(self.annotator)
+        found += model_problems({f"systems.{name}": path for name, path in self.systems.items()})
+        if self.reward_model is not None:
+            found += problems_of(partial(check_reward_model, self.reward_model, "reward_model"))
         if not self.systems:
             found.append(Problem("systems", "{}", "there is nothing to measure", "give systems.NAME=FOLDER"))
         for name in self.systems:
@@ -50,6 +56,10 @@ class EvaluateConfig(CorpusFields, GenerationConfig, StageConfig):
             mend = f"{nearest(self.reference_system, list(self.systems))} (null measures against none)"
             found.append(Problem("reference_system", self.reference_system, "is not one of systems", mend))
         return found
+
+    def environment(self) -> dict[str, str]:
+        """The source of the user's own judge."""
+        return super().environment() | annotator_sources([self.annotator])
 
 
 def sequence_kl(

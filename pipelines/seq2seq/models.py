@@ -2,23 +2,127 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pipelines.errors import UserError
+from pipelines.errors import Problem, UserError, problems_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+REWARD_MODEL_TYPE = "encoder_decoder_reward"
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "spiece.model", "vocab.json", "sentencepiece.bpe.model")
 
 
-def _check_folder(path: str, field: str, files: tuple[str, ...], problem: str, mend: str) -> None:
+def _folder(path: str, field: str, mend: str) -> Path | None:
+    """The local folder that ``path`` names; None where it is a hub id."""
     folder = Path(path).expanduser()
-    if folder.is_file():
-        raise UserError(field, path, "is a file", "give the folder a model was saved into, or a hub id")
-    if folder.is_dir() and not any((folder / name).exists() for name in files):
-        raise UserError(field, path, problem, mend)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(field, path, "is a file", mend)
+    return folder if folder.is_dir() else None
+
+
+def read_model_config(path: str, field: str, mend: str) -> dict[str, Any] | None:
+    """The ``config.json`` of a local model folder that also holds weights; None for a hub id.
+
+    Reads only that file and the folder's names, so that a wrong folder is found before anything heavy is imported.
+
+    Args:
+        path: folder or hub id.
+        field: the configuration field that named it, for messages.
+        mend: what the user should give there.
+
+    Raises:
+        UserError: a file, without ``config.json``, with one that is not JSON, without weights, or with pickled ones.
+    """
+    folder = _folder(path, field, mend)
+    if folder is None:
+        return None
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(field, path, "holds no model (no config.json)", mend) from None
+    except (OSError, ValueError) as error:
+        raise UserError(field, path, f"its config.json is not valid JSON ({error})", mend) from None
+    if not isinstance(config, dict):
+        raise UserError(field, path, "its config.json holds no object", mend)
+    if not any(folder.glob("model*.safetensors")):
+        pickles = sorted(file.name for file in folder.glob("*.bin") if "model" in file.name)
+        if pickles:
+            problem = f"holds its weights as a pickle only ({pickles[0]}), which is never loaded: it could run code"
+            raise UserError(field, path, problem, "convert them to model.safetensors, or take a repository that has it")
+        raise UserError(field, path, "holds no weights (no model.safetensors)", mend)
+    return config
+
+
+def check_model(path: str, field: str) -> None:
+    """Refuse a local folder that cannot be loaded as an encoder-decoder; a hub id is not looked up.
+
+    Raises:
+        UserError: as ``read_model_config``; also for a model of another kind.
+    """
+    found = read_model_config(path, field, "give a folder made by save_pretrained, or a hub id")
+    if found is None or found.get("is_encoder_decoder") is True:
+        return
+    from transformers import AutoConfig
+
+    # A configuration saved without the key has its class's default.
+    try:
+        config = AutoConfig.from_pretrained(str(Path(path).expanduser()))
+    except Exception as error:
+        raise _loading_error(field, path, "model", error) from error
+    _check_kind(config, path, field)
+
+
+def check_reward_model(path: str, field: str) -> None:
+    """Refuse a local folder that does not hold a reward model; a hub id is not looked up.
+
+    Raises:
+        UserError: as ``read_model_config``; also for a model of another kind.
+    """
+    mend = "give the folder of a reward stage"
+    found = read_model_config(path, field, mend)
+    if found is not None and found.get("model_type") != REWARD_MODEL_TYPE:
+        raise UserError(field, path, f"is not a reward model (its model_type is {found.get('model_type')!r})", mend)
+
+
+def check_tokenizer(path: str, field: str) -> None:
+    """Refuse a local folder that does not hold a tokenizer; a hub id is not looked up.
+
+    Raises:
+        UserError: a file, or a folder without any of a tokenizer's files.
+    """
+    mend = "give a folder with a tokenizer, or a hub id"
+    folder = _folder(path, field, mend)
+    if folder is not None and not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        raise UserError(field, path, "holds no tokenizer", mend)
+
+
+def model_problems(models: Mapping[str, str | None]) -> list[Problem]:
+    """What is wrong with the local folders, of a model with its tokenizer, that a configuration names.
+
+    Args:
+        models: field -> folder, hub id, or None. What does not exist is left to ``StageConfig.problems``.
+    """
+
+    def check(path: str, field: str) -> None:
+        check_model(path, field)
+        check_tokenizer(path, field)
+
+    return problems_of(*(partial(check, path, field) for field, path in models.items() if path is not None))
+
+
+def _check_kind(config: Any, path: str, field: str) -> None:
+    if not config.is_encoder_decoder:
+        raise UserError(
+            field,
+            path,
+            f"{config.model_type} is not an encoder-decoder model",
+            "give one such as T5, FLAN-T5, mT5, BART or Pegasus (TRL's own trainers serve decoder-only models)",
+        )
 
 
 def _loading_error(field: str, path: str, kind: str, error: Exception) -> UserError:
@@ -41,10 +145,10 @@ def load_tokenizer(path: str, *, field: str = "tokenizer") -> PreTrainedTokenize
     """
     from transformers import AutoTokenizer
 
-    names = ("tokenizer_config.json", "tokenizer.json", "spiece.model", "vocab.json", "sentencepiece.bpe.model")
-    _check_folder(path, field, names, "holds no tokenizer", "give a folder with a tokenizer, or set tokenizer=")
+    check_tokenizer(path, field)
+    folder = Path(path).expanduser()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(Path(path).expanduser()) if Path(path).exists() else path)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.exists() else path)
     except Exception as error:
         raise _loading_error(field, path, "tokenizer", error) from error
     for token in ("pad_token", "eos_token"):
@@ -66,20 +170,13 @@ def load_seq2seq(path: str, *, field: str = "model") -> PreTrainedModel:
     import torch
     from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
-    _check_folder(path, field, ("config.json",), "holds no model (no config.json)", "give a folder with a saved model")
+    check_model(path, field)
     found = str(Path(path).expanduser()) if Path(path).expanduser().exists() else path
     try:
         config = AutoConfig.from_pretrained(found)
     except Exception as error:
         raise _loading_error(field, path, "model", error) from error
-    if not config.is_encoder_decoder:
-        raise UserError(
-            field,
-            path,
-            f"{config.model_type} is not an encoder-decoder model",
-            "give one such as T5, FLAN-T5, mT5, BART or Pegasus (TRL's own trainers serve decoder-only models)",
-        )
-    _check_folder(path, field, _WEIGHTS, "holds no weights (no model.safetensors)", "give a folder with saved weights")
+    _check_kind(config, path, field)
     try:
         # safetensors only: a pickle could run code.
         return AutoModelForSeq2SeqLM.from_pretrained(found, dtype=torch.float32, use_safetensors=True)

@@ -11,6 +11,9 @@ from pydantic import Field
 from pipelines.config import INERT, Source, config
 from pipelines.corpus.fields import CorpusFields
 from pipelines.errors import Problem, UserError
+from pipelines.seq2seq.annotators import annotator_problems, annotator_sources
+from pipelines.seq2seq.models import model_problems
+from pipelines.seq2seq.rewards import is_function, reward_problems
 from pipelines.seq2seq.training import LengthConfig, TrainingConfig
 
 
@@ -94,6 +97,8 @@ class PPOConfig(CorpusFields, LengthConfig, TrainingConfig):
             factor = self.samples_per_source * self.gradient_accumulation
             mend = f"give a multiple of samples_per_source × gradient_accumulation = {factor}"
             found.append(Problem("mini_batch_size", self.mini_batch_size, "would cut a document's summaries", mend))
+        found += model_problems({"model": self.model}) + reward_problems(self.reward_specs)
+        found += annotator_problems(self.gold, "gold") if self.gold else []
         if not self.reward_specs:
             found.append(
                 Problem("reward", [], "names nothing", "give a reward model's folder, rouge or module:function")
@@ -113,6 +118,11 @@ class PPOConfig(CorpusFields, LengthConfig, TrainingConfig):
             problem = "a step without gradients breaks float16's loss scaling"
             found.append(Problem("stop_kl", self.stop_kl, problem, "give precision=bf16, or stop_kl=null"))
         return found
+
+    def environment(self) -> dict[str, str]:
+        """The sources of the user's own functions."""
+        own = [spec for spec in [*self.reward_specs, self.gold or ""] if is_function(spec)]
+        return super().environment() | annotator_sources(own)
 
 
 def ppo(config: PPOConfig) -> dict[str, float]:

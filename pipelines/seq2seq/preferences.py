@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,10 @@ from pydantic import Field
 from pipelines.config import INERT, Source, StageConfig, config
 from pipelines.corpus.fields import CorpusFields
 from pipelines.errors import Problem, UserError
+from pipelines.seq2seq.annotators import annotator_problems, annotator_sources
 from pipelines.seq2seq.generation import GenerationConfig
+from pipelines.seq2seq.models import model_problems
+from pipelines.stage import CHECKPOINTS
 
 SPLITS = ("train", "validation", "test")
 
@@ -43,7 +47,7 @@ class PreferencesConfig(CorpusFields, GenerationConfig, StageConfig):
     shard_size: int = Field(512, ge=1, description="documents between two savings of the samples")
 
     def problems(self) -> list[Problem]:
-        found = super().problems()
+        found = super().problems() + model_problems({"model": self.model}) + annotator_problems(self.annotator)
         if self.model is None and self.preferences_file is None:
             mend = "give model=FOLDER to sample from, or preferences_file=FILE"
             found.append(Problem("model", None, "there is no policy to sample from", mend))
@@ -51,6 +55,10 @@ class PreferencesConfig(CorpusFields, GenerationConfig, StageConfig):
             mend = f"give do_sample=true, or num_beams={self.samples}"
             found.append(Problem("num_beams", self.num_beams, f"cannot give {self.samples} summaries", mend))
         return found
+
+    def environment(self) -> dict[str, str]:
+        """The source of the user's own judge."""
+        return super().environment() | annotator_sources([self.annotator])
 
 
 def pairs_of(
@@ -136,7 +144,8 @@ def _human(settings: PreferencesConfig) -> tuple[Any, dict[str, float]]:
     from pipelines.corpus.fields import PreferenceFields, SplitFields
 
     shared = {name: getattr(settings, name) for name in SplitFields.__pydantic_fields__}
-    return load_preferences(PreferenceFields(preferences=settings.preferences_file, **shared)), {}
+    fields = PreferenceFields(preferences=settings.preferences_file, **shared)
+    return load_preferences(fields, field="preferences_file"), {}
 
 
 def _sampled(settings: PreferencesConfig) -> tuple[Any, dict[str, float]]:
@@ -193,6 +202,9 @@ def _sampled(settings: PreferencesConfig) -> tuple[Any, dict[str, float]]:
         if not pairs[split]:
             problem = f"of {len(rows)} {split} documents none has two samples of different score"
             mend = "raise samples or temperature, or lower tie_margin"
+            # Of no use: these samples would tie again.
+            state.wait_for_everyone()
+            shutil.rmtree(Path(settings.output_dir) / CHECKPOINTS, ignore_errors=True)
             raise UserError("samples", settings.samples, problem, mend)
     if state.is_main_process:
         with (Path(settings.output_dir) / "samples.jsonl").open("w", encoding="utf-8") as file:

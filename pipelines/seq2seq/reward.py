@@ -10,6 +10,7 @@ from pydantic import Field
 from pipelines.config import INERT, Problem, Source, config
 from pipelines.corpus.fields import PreferenceFields
 from pipelines.errors import UserError
+from pipelines.seq2seq.models import model_problems
 from pipelines.seq2seq.training import LengthConfig, TrainingConfig
 
 
@@ -31,7 +32,7 @@ class RewardConfig(PreferenceFields, LengthConfig, TrainingConfig):
     epochs: float = Field(1.0, gt=0, description="passes over the pairs; more than one or two overfit")
 
     def problems(self) -> list[Problem]:
-        found = super().problems()
+        found = super().problems() + model_problems({"model": self.model})
         if self.use_margin and self.centre:
             mend = "set one of them to its default"
             found.append(Problem("use_margin", True, "margin and centre pull scores apart and together", mend))
@@ -65,6 +66,7 @@ def reward(config: RewardConfig) -> dict[str, float]:
     from pipelines.seq2seq.reward_trainer import RewardTrainer, calibration, score_pairs
     from pipelines.seq2seq.training import (
         checkpoint_marker,
+        global_batch,
         last_checkpoint,
         optimizer_choice,
         save_history,
@@ -86,6 +88,7 @@ def reward(config: RewardConfig) -> dict[str, float]:
     for split in ("train", "validation", "test"):
         pairs[split], cut[split] = tokenize_pairs(texts[split], tokenizer, config, keep=keep)
 
+    global_batch(config, len(pairs["train"]), field="preferences", noun="pairs")
     watch = len(pairs["validation"]) > 0
     if config.keep == "best" and not watch:
         raise UserError("keep", "best", "there are no validation pairs to choose by", "give keep=last")

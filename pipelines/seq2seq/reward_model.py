@@ -9,7 +9,6 @@ with), its weights and its tokenizer.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,9 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from pipelines.errors import UserError
 from pipelines.seq2seq.collators import pad_rows
-from pipelines.seq2seq.models import load_seq2seq, load_tokenizer
+from pipelines.seq2seq.models import REWARD_MODEL_TYPE, check_reward_model, load_seq2seq, load_tokenizer
 from pipelines.seq2seq.training import LengthConfig, tokenize_sources, tokenize_targets
 from pipelines.seq2seq.view import Order, decoder_start_id, run_decoder, run_encoder, spread_rows
-
-MODEL_TYPE = "encoder_decoder_reward"
 
 
 class EncoderDecoderRewardConfig(PreTrainedConfig):
@@ -39,7 +36,7 @@ class EncoderDecoderRewardConfig(PreTrainedConfig):
         decoder_start_token_id: the token every decoder row begins with.
     """
 
-    model_type = MODEL_TYPE
+    model_type = REWARD_MODEL_TYPE
     sub_configs = {"backbone": AutoConfig}  # noqa: RUF012 (the name and form that transformers reads)
 
     backbone: PreTrainedConfig | dict | None = None
@@ -195,7 +192,7 @@ def _decoder_width(backbone: PreTrainedModel) -> int:
     return getattr(config, "hidden_size", None) or config.d_model
 
 
-AutoConfig.register(MODEL_TYPE, EncoderDecoderRewardConfig)
+AutoConfig.register(REWARD_MODEL_TYPE, EncoderDecoderRewardConfig)
 AutoModel.register(EncoderDecoderRewardConfig, EncoderDecoderRewardModel)
 
 
@@ -209,27 +206,15 @@ def load_reward_model(path: str, *, field: str = "reward_model") -> EncoderDecod
     Raises:
         UserError: missing, without weights, or not a reward model.
     """
+    check_reward_model(path, field)
     folder = Path(path).expanduser()
-    mend = "give the folder of a reward stage"
-    if folder.exists() and not folder.is_dir():
-        raise UserError(field, path, "is a file", mend)
-    if folder.is_dir():
-        if not (folder / "config.json").exists():
-            raise UserError(field, path, "holds no model (no config.json)", mend)
-        try:
-            kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-        except (ValueError, AttributeError):
-            raise UserError(field, path, "its config.json is not valid JSON", mend) from None
-        if kind != MODEL_TYPE:
-            raise UserError(field, path, f"is not a reward model (its model_type is {kind!r})", mend)
-        if not any(folder.glob("model*.safetensors")):
-            raise UserError(field, path, "holds no weights (no model.safetensors)", mend)
     try:
         source = str(folder) if folder.exists() else path
         model = EncoderDecoderRewardModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(field, path, f"the reward model cannot be loaded ({first})", mend) from error
+        problem = f"the reward model cannot be loaded ({first})"
+        raise UserError(field, path, problem, "give the folder of a reward stage") from error
     return model.eval()
 
 

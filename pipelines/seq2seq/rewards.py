@@ -12,12 +12,13 @@ for better. A configuration names it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from pipelines.errors import UserError
-from pipelines.seq2seq.annotators import Annotator, checked_scores, load_annotator
-from pipelines.seq2seq.models import check_same_tokenizer
+from pipelines.errors import Problem, UserError, problems_of
+from pipelines.seq2seq.annotators import Annotator, annotator_problems, checked_scores, load_annotator
+from pipelines.seq2seq.models import check_reward_model, check_same_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,9 +77,18 @@ def _checked(function: Annotator, spec: str, field: str) -> Annotator:
     return score
 
 
-def _is_function(spec: str) -> bool:
+def is_function(spec: str) -> bool:
     """``module:function``, and not a path (which may hold a colon too)."""
     return ":" in spec and "/" not in spec and "\\" not in spec and not Path(spec).expanduser().exists()
+
+
+def reward_problems(specs: Sequence[str], field: str = "reward") -> list[Problem]:
+    """What is wrong with the reward functions that a configuration names, as far as nothing is loaded or called."""
+    functions = [spec for spec in specs if is_function(spec)]
+    folders = [spec for spec in specs if spec not in ("rouge", "length", *functions)]
+    return [p for spec in functions for p in annotator_problems(spec, field)] + problems_of(
+        *(partial(check_reward_model, spec, field) for spec in folders)
+    )
 
 
 def load_rewards(
@@ -111,7 +121,7 @@ def load_rewards(
     for spec, weight in zip(specs, weights, strict=True):
         if spec == "length":
             name, function = spec, _checked(length_reward, spec, field)
-        elif spec == "rouge" or _is_function(spec):
+        elif spec == "rouge" or is_function(spec):
             name, function = spec, load_annotator(spec, field=field)
         else:
             name, function = "model", _checked(_reward_model(spec, tokenizer, field, batch_size, device), spec, field)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from pipelines.config import INERT, StageConfig, config
-from pipelines.errors import Problem, UserError
+from pipelines.errors import Problem, UserError, problems_of
 from pipelines.stage import CHECKPOINTS, write_json
 
 if TYPE_CHECKING:
@@ -73,6 +74,10 @@ class TrainingConfig(StageConfig):
             found.append(Problem("save_steps", self.save_steps, "a resumed run would log other averages", mend))
         if self.push_to_hub and not self.repo_id:
             found.append(Problem("repo_id", "", "push_to_hub=true needs to know where to", "give repo_id=owner/name"))
+        elif self.push_to_hub:
+            from pipelines.publish import check_repo_id
+
+            found += problems_of(partial(check_repo_id, self.repo_id))
         return found
 
 
@@ -128,6 +133,28 @@ def training_arguments(config: TrainingConfig, cls: type, **overrides: Any) -> A
         "push_to_hub": False,
     }
     return cls(**(arguments | overrides))
+
+
+def global_batch(config: TrainingConfig, examples: int, *, field: str = "dataset", noun: str = "examples") -> int:
+    """Examples of one optimizer step, over all processes.
+
+    Args:
+        config: the stage's configuration.
+        examples: how many there are to train on.
+        field: the configuration field that named them, for the message.
+        noun: what they are called there.
+
+    Raises:
+        UserError: fewer examples than one step takes; a smaller step would be another learning rate, unasked.
+    """
+    from accelerate import PartialState
+
+    wanted = config.batch_size * config.gradient_accumulation * PartialState().num_processes
+    if examples < wanted:
+        problem = f"one step takes {wanted} {noun} (devices × batch_size × gradient_accumulation)"
+        mend = f"give more {noun}, or a smaller batch_size"
+        raise UserError(field, f"{examples} training {noun}", problem, mend)
+    return wanted
 
 
 def optimizer_choice(config: TrainingConfig) -> tuple[type, dict[str, Any]] | None:

@@ -206,7 +206,8 @@ def test_a_recipe_runs_its_stage_of_a_chain_on_what_is_there(house, tmp_path, ca
     with pytest.raises(SystemExit) as ended:
         recipe(["--config", str(file), "--stage", "add"])
     assert ended.value.code == 2
-    assert "this stage comes before and is not finished; run it first: genalign run toy" in capsys.readouterr().err
+    said = f"this stage comes before and is not finished; run it first: genalign run {file} --output_dir runs/toy"
+    assert said in capsys.readouterr().err
     run(Chain.load("toy"), tmp_path / "runs" / "toy", [], until="sum")
     with pytest.raises(SystemExit) as ended:
         recipe(["--config", str(file), "--stage", "add", "number=7"])
