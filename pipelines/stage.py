@@ -57,8 +57,13 @@ def versions() -> dict[str, str]:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON under a temporary name and rename it, so that the file is never seen half-written."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_stage(folder: Path) -> dict[str, Any] | None:
@@ -149,6 +154,16 @@ def locked(folder: Path, what: str = "output_dir") -> Iterator[None]:
         lock.release()
 
 
+def _disk_is_full(error: Exception, folder: Path) -> bool:
+    text = str(error)
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    if "No space left on device" in text or "os error 28" in text:
+        return True
+    # torch's writer says no more than that its stream broke.
+    return "inline_container" in text and shutil.disk_usage(folder.parent).free < 1 << 20
+
+
 @contextlib.contextmanager
 def plain_os_errors(folder: Path) -> Iterator[None]:
     """Turn a full disk, missing rights and the like into one line."""
@@ -158,8 +173,7 @@ def plain_os_errors(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:
         number = getattr(error, "errno", None)
-        text = str(error)
-        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text or "os error 28" in text:
+        if _disk_is_full(error, folder):
             mend = "free some space and give the same command again: it goes on from there"
             raise UserError("output_dir", folder, "the disk is full", mend) from error
         at = getattr(error, "filename", None)
@@ -324,7 +338,8 @@ def _prepared(
             start = time.monotonic()
             record["_start"] = start
             try:
-                yield work, record
+                with plain_os_errors(folder):
+                    yield work, record
             except BaseException as error:
                 if isinstance(error, UserError) and not _has_files(work / CHECKPOINTS):
                     shutil.rmtree(work, ignore_errors=True)

@@ -173,6 +173,15 @@ class _Measurer:
             self._reference = self._load(self.settings.reference_system)
         return self._reference
 
+    def truncated_share(self, name: str) -> float:
+        """Share of the documents that are longer than the system reads, as its tokenizer counts."""
+        from pipelines.seq2seq.models import load_tokenizer
+        from pipelines.seq2seq.training import tokenize_sources
+
+        tokenizer = load_tokenizer(self.settings.systems[name], field=f"systems.{name}")
+        documents = [row["document"] for row in self.rows]
+        return tokenize_sources(tokenizer, documents, self.settings)["truncated"] / len(documents)
+
     def measure(self, name: str) -> list[dict[str, Any]]:
         """For each document what the system wrote (``output``), ``gold``, and where they apply ``proxy`` and ``kl``."""
         from pipelines.seq2seq.shards import run_shards
@@ -253,8 +262,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         reference), ``length``, ``compression``, ``novel_unigrams``, ``novel_bigrams``, ``repetition``; for each system
         ``gold``, with a reward model ``proxy``; against the reference system ``gold_win_rate`` (a tie counts half),
         ``rouge1_minus_<reference>`` and ``kl`` (nats a sequence, from the reference; none where the vocabularies
-        differ); for the reference system ``rouge1_minus_<baseline>``; and ``evaluate/examples``. Each mean with
-        ``_ci_low`` and ``_ci_high``, a paired bootstrap where it is a difference.
+        differ); for the reference system ``rouge1_minus_<baseline>``; and ``evaluate/examples``,
+        ``evaluate/truncated_documents`` (share cut to ``max_source_length``, by the first system's tokens). Each mean
+        with ``_ci_low`` and ``_ci_high``, a paired bootstrap where it is a difference.
 
     Raises:
         UserError: unusable data, model, reward model or annotator.
@@ -279,6 +289,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         outputs |= baseline_summaries([row["document"] for row in rows], train, names, seed=config.seed)
     outputs |= {name: [one["output"] for one in systems[name]] for name in config.systems}
     metrics = _metrics(config, rows, systems, outputs)
+    metrics["evaluate/truncated_documents"] = measurer.truncated_share(order[0])
     if PartialState().is_main_process:
         _write(config, rows, systems, outputs)
     PartialState().wait_for_everyone()

@@ -122,7 +122,8 @@ def preferences(config: PreferencesConfig) -> dict[str, float]:
     Returns:
         ``preferences/train_pairs``, ``…/validation_pairs``, ``…/test_pairs``, ``preferences/mean_margin`` (training
         pairs); where a policy was sampled also ``preferences/tie_rate`` (share of candidate pairs that were dropped),
-        ``preferences/empty_rate`` (share of samples without a word), and of the test documents with intervals
+        ``preferences/empty_rate`` (share of samples without a word), ``preferences/truncated_documents`` (share of
+        documents longer than ``max_source_length``: the rest was not read), and of the test documents with intervals
         ``preferences/gold_mean`` (mean annotator score of a sample) and ``preferences/gold_best_of_n`` (of the best).
 
     Raises:
@@ -157,6 +158,7 @@ def _sampled(settings: PreferencesConfig) -> tuple[Any, dict[str, float]]:
     from pipelines.seq2seq.generation import generate_summaries
     from pipelines.seq2seq.metrics import with_interval
     from pipelines.seq2seq.models import load_seq2seq, load_tokenizer
+    from pipelines.seq2seq.training import tokenize_sources
 
     state = PartialState()
     annotate = load_annotator(settings.annotator)
@@ -209,8 +211,11 @@ def _sampled(settings: PreferencesConfig) -> tuple[Any, dict[str, float]]:
     if state.is_main_process:
         with (Path(settings.output_dir) / "samples.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    documents = [document for split in SPLITS for document in corpus[split]["document"]]
+    cut = tokenize_sources(tokenizer, documents, settings)["truncated"]
     of_test = [line["scores"] for line in lines if line["split"] == "test"]
     metrics = {"preferences/tie_rate": ties / candidates, "preferences/empty_rate": empty / total}
+    metrics["preferences/truncated_documents"] = cut / len(documents)
     metrics |= with_interval("preferences/gold_mean", [sum(s) / len(s) for s in of_test], seed=settings.seed)
     metrics |= with_interval("preferences/gold_best_of_n", [max(s) for s in of_test], seed=settings.seed)
     return as_datasets(pairs), metrics

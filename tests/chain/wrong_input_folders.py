@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 
 from tests.chain.wrong_input import At, Wrong, kind
 
@@ -45,13 +46,30 @@ def output_of_a_recipe_is_locked(at: At) -> Wrong:
 
 @kind
 def output_is_not_writable(at: At) -> Wrong:
-    if os.geteuid() == 0:
-        assert at.mounted("ro,size=1m"), "this machine lets root mount nothing, and root may write anywhere else"
-    else:
+    closed = "/sys"  # to root too
+    if os.geteuid() != 0:
         at.out.mkdir()
         at.out.chmod(0o555)
-    says = f"output_dir={at.out}/run: may not be written; choose a folder you may write"
-    return Wrong([word.replace(str(at.out), f"{at.out}/run") for word in at.chain()], [says])
+        closed = str(at.out)
+    says = f"output_dir={closed}/run: may not be written; choose a folder you may write"
+    return Wrong([word.replace(str(at.out), f"{closed}/run") for word in at.chain()], [says])
+
+
+@kind
+def run_that_may_no_longer_be_written(at: At) -> Wrong:
+    at.mount("size=8m")
+    shutil.copytree(at.run, at.out / "run")
+    subprocess.run(["mount", "-o", "remount,ro", at.out], check=True)
+    argv = [word.replace(str(at.out), f"{at.out}/run") for word in at.chain("--force", "evaluate")]
+    return Wrong(argv, [f"output_dir={at.out}/run: may not be written; choose a folder you may write"])
+
+
+@kind
+def disk_that_is_full(at: At) -> Wrong:
+    at.mount("size=16k")
+    argv = [word.replace(str(at.out), f"{at.out}/run") for word in at.corpus(at.data)]
+    mend = "free some space and give the same command again: it goes on from there"
+    return Wrong(argv, [f"output_dir={at.out}/run: the disk is full; {mend}"])
 
 
 @kind
