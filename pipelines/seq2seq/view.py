@@ -179,7 +179,7 @@ def _parameters(module_class: type[nn.Module]) -> frozenset[str]:
 def decoder_trunk(model: Any) -> nn.Module:
     """The decoder of a model without any head: what ``get_decoder`` gives, and what that gives, and so on."""
     decoder = model.get_decoder()
-    while (inner := decoder.get_decoder()) is not decoder:
+    while isinstance(decoder, PreTrainedModel) and (inner := decoder.get_decoder()) is not decoder:
         decoder = inner
     return decoder
 
@@ -328,9 +328,13 @@ def _measured_scale(model: PreTrainedModel) -> float:
     states = torch.sin(torch.arange(4 * width, device=device, dtype=torch.float32)).view(1, 4, width).to(dtype)
     ids = torch.arange(3, device=device)[None] % head.weight.shape[0]
     with _evaluating(model):
-        encoded = BaseModelOutput(last_hidden_state=states)
-        wanted = model(encoder_outputs=encoded, decoder_input_ids=ids, use_cache=False).logits.float()
-        result = run_decoder(model, _projected(model, states), None, ids, None)
+        try:
+            encoded = BaseModelOutput(last_hidden_state=states)
+            wanted = model(encoder_outputs=encoded, decoder_input_ids=ids, use_cache=False).logits.float()
+            result = run_decoder(model, _projected(model, states), None, ids, None)
+        except Exception as error:  # whatever an architecture of another kind says to a plain encoder's output
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError("model", name, f"cannot be decoded from encoder states alone ({reason})", mend) from error
         tolerance = (1e-3 if head.weight.dtype == torch.float32 else 5e-2) * wanted.abs().max().clamp(min=1e-6)
         for scale in (1.0, result.shape[-1] ** -0.5):
             found = output_logits(model, result * scale).float()

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import transformers
-from tiny_models import FAMILIES, VOCABULARY, tiny, tiny_batch
+from tiny_models import ALL_FAMILIES, FAMILIES, VOCABULARY, tiny, tiny_batch, tiny_sources
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from pipelines.errors import UserError
@@ -27,9 +27,10 @@ ROWS = {"sample-major": [0, 1, 0, 1, 0, 1], "source-major": [0, 0, 0, 1, 1, 1]}
 
 def plain_log_probs(model, source, source_mask, completion, mask, rows):
     """Teacher-forced log-probabilities by the model's own forward, the source repeated for each completion."""
+    given = {} if source_mask is None else {"attention_mask": source_mask[rows]}
     logits = model(
-        input_ids=source[rows],
-        attention_mask=source_mask[rows],
+        **{model.main_input_name: source[rows]},
+        **given,
         decoder_input_ids=decoder_inputs(model, completion),
         use_cache=False,
     ).logits
@@ -38,10 +39,11 @@ def plain_log_probs(model, source, source_mask, completion, mask, rows):
 
 @pytest.mark.parametrize("order", ROWS)
 @pytest.mark.parametrize("left", [False, True], ids=["padded-right", "padded-left"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_log_probs_equal_the_plain_models(family, left, order):
     plain, view = tiny(family), as_view(tiny(family))
-    source, source_mask, completion, mask = tiny_batch(left)
+    completion, mask = tiny_batch()[2:]
+    source, source_mask = tiny_sources(family, left)
     with torch.no_grad():
         expected = plain_log_probs(plain, source, source_mask, completion, mask, ROWS[order])
         states = encode(view, source, source_mask)
@@ -51,40 +53,82 @@ def test_log_probs_equal_the_plain_models(family, left, order):
     assert found[mask == 0].abs().max() == 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_padding_of_a_completion_may_stand_on_either_side(family):
+    """Absolute positions (BART, Whisper, GPT-2) would count it; the truth is each row by itself, without any."""
+    plain, view = tiny(family), as_view(tiny(family))
+    completion, mask = tiny_batch()[2:]
+    source, source_mask = tiny_sources(family)
+    roll = (torch.arange(5) + mask.sum(1, keepdim=True)) % 5
+    left, left_mask = completion.gather(1, roll), mask.gather(1, roll)
+    assert left_mask[:, -1].all()
+    assert not left_mask[:, 0].all()
+    with torch.no_grad():
+        states = encode(view, source, source_mask)
+        found = sequence_log_probs(view, states, source_mask, left, left_mask, order="sample-major")
+        # The call that TRL makes, with the start token before the first real one.
+        start = left_mask.new_full((6, 1), decoder_start_id(view))
+        ids = torch.cat([torch.zeros_like(start), left], 1)
+        real = torch.cat([torch.zeros_like(start), left_mask], 1)
+        ids.scatter_(1, 5 - mask.sum(1, keepdim=True), start)
+        real.scatter_(1, 5 - mask.sum(1, keepdim=True), torch.ones_like(start))
+        side = {f"encoder_{view.main_input_name}": source, "encoder_attention_mask": source_mask}
+        scored = view(input_ids=ids, attention_mask=real, **side).last_hidden_state
+        logits = output_logits(view, scored)[:, :-1]
+        for row, document in enumerate(ROWS["sample-major"]):
+            alone = completion[row : row + 1, : int(mask[row].sum())]
+            one = [document]
+            expected = plain_log_probs(plain, source, source_mask, alone, torch.ones_like(alone), one)[0]
+            length = len(expected)
+            torch.testing.assert_close(found[row, 5 - length :], expected, rtol=0, atol=1e-5)
+            by_forward = logits[row, 5 - length :].log_softmax(-1).gather(-1, alone[0][:, None])[:, 0]
+            torch.testing.assert_close(by_forward, expected, rtol=0, atol=1e-5)
+    assert found[left_mask == 0].abs().max() == 0
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_trl_gets_the_plain_models_log_probs_and_entropy(family):
     plain, view = tiny(family), as_view(tiny(family))
-    source, source_mask, completion, mask = tiny_batch()
+    completion, mask = tiny_batch()[2:]
+    source, source_mask = tiny_sources(family)
     add_fused_lm_head(view, outputs=("log_probs", "entropy"))
     ids = torch.cat([torch.full((6, 1), decoder_start_id(view)), completion], dim=1)
     real = torch.cat([torch.ones(6, 1, dtype=torch.long), mask], dim=1)
     labels = ids.masked_fill(real == 0, -100)
     labels[:, 0] = -100
+    given = {} if source_mask is None else {"attention_mask": source_mask}
     with torch.no_grad():
         result = view(
             input_ids=ids,
             attention_mask=real,
-            encoder_input_ids=source,
-            encoder_attention_mask=source_mask,
+            **{f"encoder_{view.main_input_name}": source},
+            **{f"encoder_{name}": value for name, value in given.items()},
             labels=labels,
             fused_lm_head=True,
             use_cache=False,
         )
         expected = plain_log_probs(plain, source, source_mask, completion, mask, ROWS["sample-major"])
         # Without the switch the patched model is the plain one: generation and evaluation go this way.
-        own = view(input_ids=source, attention_mask=source_mask, decoder_input_ids=completion[:2])
-        theirs = plain(input_ids=source, attention_mask=source_mask, decoder_input_ids=completion[:2])
+        given |= {view.main_input_name: source, "decoder_input_ids": completion[:2]}
+        own, theirs = view(**given), plain(**given)
+        logits = plain(
+            **{name: value.repeat(3, *[1] * (value.dim() - 1)) for name, value in given.items()}
+            | {"decoder_input_ids": decoder_inputs(plain, completion)}
+        ).logits
     torch.testing.assert_close(result.log_probs, expected, rtol=0, atol=1e-5)
+    log_probs = logits.log_softmax(-1)
+    torch.testing.assert_close(result.entropy, -(log_probs.exp() * log_probs).sum(-1) * mask, rtol=0, atol=1e-4)
     assert torch.equal(own.logits, theirs.logits)
     # The head the trainer reads is one with the bias; the head the model keeps is its own again.
     assert view.get_output_embeddings() is view.get_output_embeddings()
     assert isinstance(view.get_output_embeddings(), torch.nn.Linear)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_gradients_equal_the_plain_models(family):
     plain, view = tiny(family), as_view(tiny(family))
-    source, source_mask, completion, mask = tiny_batch()
+    completion, mask = tiny_batch()[2:]
+    source, source_mask = tiny_sources(family)
     plain_log_probs(plain, source, source_mask, completion, mask, ROWS["source-major"]).sum().backward()
     states = encode(view, source, source_mask)
     sequence_log_probs(view, states, source_mask, completion, mask, order="source-major").sum().backward()
@@ -98,18 +142,20 @@ def test_gradients_equal_the_plain_models(family):
     assert compared > 10
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_generation_and_checkpoint_stay_those_of_the_plain_class(family, tmp_path):
     plain, view = tiny(family), as_view(tiny(family))
-    source, source_mask, *_ = tiny_batch()
-    options = {"max_new_tokens": 6, "do_sample": False}
-    expected = plain.generate(source, attention_mask=source_mask, **options)
-    assert torch.equal(view.generate(source, attention_mask=source_mask, **options), expected)
+    source, source_mask = tiny_sources(family)
+    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": source_mask}
+    expected = plain.generate(source, **options)
+    assert torch.equal(view.generate(source, **options), expected)
     assert type(view).__name__ == type(plain).__name__
     assert list(view.state_dict()) == list(plain.state_dict())
     view.save_pretrained(tmp_path)
-    back = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    back = type(plain).from_pretrained(tmp_path)
     assert type(back) is type(plain)
+    if family in FAMILIES:
+        assert type(transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path)) is type(plain)
     assert back.config.architectures == [type(plain).__name__]
     for name, value in plain.state_dict().items():
         assert torch.equal(back.state_dict()[name], value), name
@@ -170,14 +216,16 @@ def test_the_order_of_rows_is_never_guessed():
         sequence_log_probs(model, states, source_mask, completion[:5], mask[:5], order="source-major")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_silenced_dropout_makes_training_passes_equal(family):
     model = as_view(tiny(family)).train()
-    source, source_mask, completion, _ = tiny_batch()
+    source, source_mask = tiny_sources(family)
+    completion, mask = tiny_batch()[2:]
     silence_dropout(model)
 
     def once():
-        return model(input_ids=source, attention_mask=source_mask, decoder_input_ids=completion[:2]).logits
+        states = encode(model, source, source_mask)
+        return sequence_log_probs(model, states, source_mask, completion, mask, order="sample-major")
 
     assert torch.equal(once(), once())
     assert model.config.to_dict() == tiny(family).config.to_dict()
@@ -201,6 +249,85 @@ def test_a_decoder_only_model_is_refused_in_one_line():
     backbone = transformers.T5Model(tiny("t5").config)
     with pytest.raises(UserError, match="no language-model head"):
         as_view(backbone)
+
+
+_SMALL = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+_BERT = _SMALL | {"num_hidden_layers": 1, "max_position_embeddings": 32}
+_FFN = {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+
+
+def _bert_to_bert():
+    decoder = transformers.BertConfig(**_BERT, is_decoder=True, add_cross_attention=True)
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(transformers.BertConfig(**_BERT), decoder)
+    return transformers.EncoderDecoderModel(config)
+
+
+def _prophet_net():
+    layers = {"num_encoder_layers": 1, "num_decoder_layers": 1}
+    heads = {"num_encoder_attention_heads": 2, "num_decoder_attention_heads": 2}
+    widths = {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    settings = {"vocab_size": 30, "hidden_size": 16} | layers | heads | widths
+    return transformers.ProphetNetForConditionalGeneration(transformers.ProphetNetConfig(**settings))
+
+
+def _switch():
+    settings = {"vocab_size": 30, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "num_experts": 2}
+    config = transformers.SwitchTransformersConfig(**settings, num_layers=2, num_decoder_layers=2)
+    return transformers.SwitchTransformersForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(
+    ("build", "problem"),
+    [
+        (_bert_to_bert, "its logits are not its output embedding"),  # a transform lies between states and embedding
+        (_prophet_net, "its logits are not its output embedding"),  # n-gram streams
+        (_switch, "cannot be decoded from encoder states alone"),  # experts want the encoder's routing too
+    ],
+)
+def test_another_architecture_is_refused_in_one_line(build, problem):
+    with pytest.raises(UserError, match=problem) as caught:
+        as_view(build())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["UMT5", "Blenderbot", "M2M100", "LED"])
+def test_another_architecture_of_the_same_make_works(name):
+    special = {"vocab_size": VOCABULARY, "decoder_start_token_id": 1, "pad_token_id": 0, "eos_token_id": 1}
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 16} | _FFN
+    if name == "UMT5":
+        layers = {"num_layers": 1, "num_decoder_layers": 1, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2}
+    elif name == "LED":
+        layers |= {"attention_window": 4, "max_encoder_position_embeddings": 32, "max_decoder_position_embeddings": 32}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**special, **layers)
+    model = as_view(getattr(transformers, f"{name}ForConditionalGeneration")(config).eval())
+    source, source_mask, completion, mask = tiny_batch()
+    with torch.no_grad():
+        states = encode(model, source, source_mask)
+        found = sequence_log_probs(model, states, source_mask, completion, mask, order="sample-major")
+        expected = plain_log_probs(model, source, source_mask, completion, mask, ROWS["sample-major"])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_mask_of_another_length_than_the_states_is_shortened_as_the_model_does():
+    settings = {"vocab_size": VOCABULARY, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1} | _FFN
+    frames = {"input_feat_per_channel": 8, "max_source_positions": 64, "max_target_positions": 32}
+    special = {"decoder_start_token_id": 2, "pad_token_id": 0, "eos_token_id": 1, "conv_channels": 16}
+    torch.manual_seed(0)
+    config = transformers.Speech2TextConfig(**settings, **frames, **special)
+    model = as_view(transformers.Speech2TextForConditionalGeneration(config).eval())
+    features, completion = torch.randn(2, 24, 8), tiny_batch()[2]
+    frame_mask = (torch.arange(24) < torch.tensor([[24], [13]])).long()
+    mask = torch.ones_like(completion)
+    with torch.no_grad():
+        states = encode(model, features, frame_mask)
+        assert states.shape[1] == 6
+        found = sequence_log_probs(model, states, frame_mask, completion, mask, order="sample-major")
+        expected = plain_log_probs(model, features, frame_mask, completion, mask, ROWS["sample-major"])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    t5 = as_view(tiny("t5"))
+    with pytest.raises(ValueError, match="a mask of length 9 for 6 encoder states"):
+        sequence_log_probs(t5, states, tiny_batch()[1], completion, mask, order="sample-major")
 
 
 def test_an_unknown_path_to_the_logits_is_refused_not_guessed():
@@ -236,21 +363,3 @@ def test_lora_goes_through_the_view():
     base = plain_log_probs(tiny("bart"), source, source_mask, completion, mask, ROWS["sample-major"])
     torch.testing.assert_close(without, base, rtol=0, atol=1e-5)
     assert (found - without).abs().max() > 1e-3
-
-
-def test_speech_goes_in_under_the_models_own_input_name():
-    torch.manual_seed(0)
-    config = transformers.WhisperConfig(
-        vocab_size=VOCABULARY, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_source_positions=20,
-        max_target_positions=32, num_mel_bins=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        decoder_start_token_id=3, begin_suppress_tokens=[],
-    )  # fmt: skip
-    model = as_view(transformers.WhisperForConditionalGeneration(config).eval())
-    features, completion = torch.randn(2, 8, 40), tiny_batch()[2]
-    mask = torch.ones_like(completion)
-    states = encode(model, features, None)
-    found = sequence_log_probs(model, states, None, completion, mask, order="sample-major")
-    logits = model(input_features=features.repeat(3, 1, 1), decoder_input_ids=decoder_inputs(model, completion)).logits
-    expected = logits.log_softmax(-1).gather(-1, completion[..., None])[..., 0]
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

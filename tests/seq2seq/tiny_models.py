@@ -46,7 +46,11 @@ _GEMMA = {
     "num_key_value_heads": 2,
     "head_dim": 4,
 }
+_GPT2 = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}
+_VIT = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
 FAMILIES = ("t5", "t5-untied", "mt5", "bart", "pegasus", "marian", "t5gemma")
+"""Those that read text."""
+ALL_FAMILIES = (*FAMILIES, "whisper", "vision")
 
 
 def tiny(family: str, seed: int = 0) -> transformers.PreTrainedModel:
@@ -72,6 +76,26 @@ def tiny(family: str, seed: int = 0) -> transformers.PreTrainedModel:
         model = t.T5GemmaForConditionalGeneration(
             t.T5GemmaConfig(encoder=_GEMMA, decoder=_GEMMA, vocab_size=VOCABULARY)
         )
+    elif family == "whisper":
+        model = t.WhisperForConditionalGeneration(
+            t.WhisperConfig(
+                **(_BART | {"encoder_layers": 3, "decoder_start_token_id": 3}),
+                max_source_positions=20,
+                max_target_positions=32,
+                num_mel_bins=8,
+                begin_suppress_tokens=[],
+            )
+        )
+    elif family == "vision":
+        # An encoder of another width than the decoder's, and a decoder with absolute positions and a head of its own.
+        encoder = t.ViTConfig(**_VIT, image_size=8, patch_size=4)
+        decoder = t.GPT2Config(
+            **_GPT2, is_decoder=True, add_cross_attention=True, bos_token_id=3, eos_token_id=1, pad_token_id=0
+        )
+        config = t.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+            encoder, decoder, decoder_start_token_id=3, pad_token_id=0, eos_token_id=1
+        )
+        model = t.VisionEncoderDecoderModel(config)
     else:
         raise ValueError(family)
     if hasattr(model, "final_logits_bias"):
@@ -91,6 +115,14 @@ def tiny_batch(left: bool = False) -> tuple[torch.Tensor, ...]:
     lengths = torch.tensor([5, 3, 1, 4, 5, 2])
     completion_mask = (torch.arange(5) < lengths[:, None]).long()
     return source * source_mask, source_mask, completion * completion_mask, completion_mask
+
+
+def tiny_sources(family: str, left: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Two sources of a family's own kind, and their mask where it has one."""
+    shape = {"whisper": (2, 8, 40), "vision": (2, 3, 8, 8)}.get(family)
+    if shape is None:
+        return tiny_batch(left)[:2]
+    return torch.randn(shape, generator=torch.Generator().manual_seed(4)), None
 
 
 def save_pairs(folder: Path, corpus: Path) -> Path:
