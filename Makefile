@@ -43,7 +43,7 @@ report: $(STAMP) ## write $(RUN)/report.html anew
 
 test: $(STAMP) ## lint and the test suite (under 8 minutes on 2 cores)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
 
 test-slow: $(STAMP) ## the tests marked slow
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow

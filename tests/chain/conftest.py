@@ -111,3 +111,10 @@ def uninterrupted(genalign, data, tmp_path_factory) -> Path:
     code, printed = genalign.run("run", str(CHAIN), f"dataset={data}", "--output_dir", str(run_dir))
     assert code == 0, printed
     return run_dir
+
+
+def pytest_collection_modifyitems(items):
+    """Keep the chain's tests in one worker: they share a run that takes long to make."""
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.xdist_group("chain"))
