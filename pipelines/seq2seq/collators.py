@@ -6,7 +6,7 @@ Nothing is ever cut here and no boundary between source and completion is looked
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,11 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from pipelines.seq2seq.training import LengthConfig, tokenize_sources, tokenize_targets
 
 PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-"""Columns of a tokenized preference set: lists of ids; completions without a start token, with the end token."""
+"""Columns of a tokenized preference set: lists of ids; completions without a start token, with the end token. A set
+whose sources are not text has no ``prompt_ids``."""
+
+CollateSources = Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]
+"""Makes a batch of B sources from examples: tensors (B, …) under the encoder's own argument names."""
 
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
@@ -43,38 +47,74 @@ def pad_rows(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]
 
 
 @dataclass
+class TextSources:
+    """Sources that are token ids: pads a column on the right, to ``input_ids`` and ``attention_mask`` (B, S).
+
+    Args:
+        pad_id: the encoder's padding id.
+        column: where an example holds its ids.
+    """
+
+    pad_id: int
+    column: str = "prompt_ids"
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        ids, mask = pad_rows([example[self.column] for example in examples], self.pad_id)
+        return {"input_ids": ids, "attention_mask": mask}
+
+
+@dataclass
+class FeatureSources:
+    """Sources that are arrays of one shape, such as log-mel features or pixels: stacks a column to (B, …) fp32.
+
+    Args:
+        name: the column, and what the encoder calls it (its ``main_input_name``).
+    """
+
+    name: str
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        arrays = [torch.as_tensor(np.asarray(example[self.name]), dtype=torch.float32) for example in examples]
+        return {self.name: torch.stack(arrays)}
+
+
+def sources_of(model: Any, pad_id: int, column: str = "prompt_ids") -> CollateSources:
+    """How a model's sources are collated where nothing else is said: by its ``main_input_name``."""
+    name = model.main_input_name
+    return TextSources(pad_id, column) if name == "input_ids" else FeatureSources(name)
+
+
+@dataclass
 class PairCollator:
     """Collates preference pairs for TRL's DPOTrainer and for the reward trainer.
 
     Args:
         pad_id: padding id of encoder and decoder.
         start_id: the token every decoder row begins with.
+        collate_sources: makes the batch of sources; by default of the token ids in ``prompt_ids``.
 
     A call takes B examples with ``PAIR_COLUMNS`` (and, where present, ``ref_chosen_logps``, ``ref_rejected_logps``,
     ``margin``, each a number) and returns
 
     - ``input_ids``, ``attention_mask`` (2·B, 1 + T): ``[start; completion]``, chosen rows first;
     - ``completion_mask`` (2·B, 1 + T): 1 on the completion's tokens, its end token included, 0 on the start token;
-    - ``encoder_input_ids``, ``encoder_attention_mask`` (B, S): the sources, once;
+    - ``encoder_input_ids``, ``encoder_attention_mask`` (B, S): the sources, once; sources of another kind likewise
+      under ``encoder_`` and their own name;
     - the numbers as (B,) fp32.
     """
 
     pad_id: int
     start_id: int
+    collate_sources: CollateSources | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         completions = [example[side] for side in ("chosen_ids", "rejected_ids") for example in examples]
         ids, mask = pad_rows([[self.start_id, *completion] for completion in completions], self.pad_id)
         completion_mask = mask.clone()
         completion_mask[:, 0] = 0
-        source_ids, source_mask = pad_rows([example["prompt_ids"] for example in examples], self.pad_id)
-        batch = {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "completion_mask": completion_mask,
-            "encoder_input_ids": source_ids,
-            "encoder_attention_mask": source_mask,
-        }
+        batch = {"input_ids": ids, "attention_mask": mask, "completion_mask": completion_mask}
+        sources = (self.collate_sources or TextSources(self.pad_id))(examples)
+        batch |= {f"encoder_{name}": value for name, value in sources.items()}
         for name in ("ref_chosen_logps", "ref_rejected_logps", "margin"):
             if name in examples[0]:
                 batch[name] = torch.tensor([example[name] for example in examples], dtype=torch.float32)
@@ -140,7 +180,7 @@ class GroupedByLength:
 
     def _lengths(self, dataset: Dataset) -> list[int]:
         """Tokens of each example."""
-        return np.sum([list(map(len, dataset[column])) for column in PAIR_COLUMNS], axis=0).tolist()
+        return pair_lengths(dataset)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGroupedSampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -152,8 +192,19 @@ class GroupedByLength:
         return sampler
 
 
+def pair_lengths(pairs: Dataset) -> list[int]:
+    """Tokens of each tokenized pair: of its source, where that is text, and of both completions."""
+    columns = [column for column in PAIR_COLUMNS if column in pairs.column_names]
+    return np.sum([list(map(len, pairs[column])) for column in columns], axis=0).tolist()
+
+
 def tokenize_pairs(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, lengths: LengthConfig, *, keep: Sequence[str] = ()
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: LengthConfig,
+    *,
+    keep: Sequence[str] = (),
+    with_sources: bool = True,
 ) -> tuple[Dataset, dict[str, int]]:
     """Token ids of preference pairs, held in memory: no cache file is written beside the data.
 
@@ -162,6 +213,7 @@ def tokenize_pairs(
         tokenizer: of the model that will read them.
         lengths: prefix and lengths; what is longer is cut, its end token kept.
         keep: further columns to keep.
+        with_sources: False where sources are not text; then there is no ``prompt`` and no ``prompt_ids``.
 
     Returns:
         The set with ``PAIR_COLUMNS`` and those kept, and how many ``documents`` and ``summaries`` were cut.
@@ -169,9 +221,11 @@ def tokenize_pairs(
     cut = {"documents": 0, "summaries": 0}
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        sources = tokenize_sources(tokenizer, batch["prompt"], lengths)
-        cut["documents"] += sources["truncated"]
-        columns = {"prompt_ids": sources["input_ids"]}
+        columns = {}
+        if with_sources:
+            sources = tokenize_sources(tokenizer, batch["prompt"], lengths)
+            cut["documents"] += sources["truncated"]
+            columns["prompt_ids"] = sources["input_ids"]
         for side in ("chosen", "rejected"):
             targets = tokenize_targets(tokenizer, batch[side], lengths)
             cut["summaries"] += targets["truncated"]
@@ -180,7 +234,8 @@ def tokenize_pairs(
 
     ids = List(Value("int32"))
     features = Features(
-        {name: dataset.features[name] for name in keep if name in dataset.features} | dict.fromkeys(PAIR_COLUMNS, ids)
+        {name: dataset.features[name] for name in keep if name in dataset.features}
+        | dict.fromkeys(PAIR_COLUMNS if with_sources else PAIR_COLUMNS[1:], ids)
     )
     tokenized = dataset.map(
         tokenize,

@@ -10,6 +10,7 @@ from pydantic import Field
 from pipelines.config import INERT, Problem, Source, config
 from pipelines.corpus.fields import PreferenceFields
 from pipelines.errors import UserError
+from pipelines.seq2seq.lora import LoraFields, lora_settings
 from pipelines.seq2seq.models import model_problems
 from pipelines.seq2seq.training import LengthConfig, TrainingConfig
 
@@ -36,37 +37,63 @@ _ANY_DIVERGENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robus
 
 
 @config
-class DPOStageConfig(PreferenceFields, LengthConfig, TrainingConfig):
+class DPOStageConfig(PreferenceFields, LengthConfig, LoraFields, TrainingConfig):
     """Direct Preference Optimization of an encoder-decoder, on TRL's trainer."""
 
     output_dir: str = Field("runs/dpo", description="folder the stage writes into", json_schema_extra=INERT)
     model: Source = Field(description="encoder-decoder to align, usually the supervised fine-tuned one; the reference")
     beta: float = Field(0.1, gt=0, description="strength of the pull to the reference, in reward units a nat")
-    loss_type: LossType = Field("sigmoid", description="which of TRL's DPO losses")
+    loss_type: LossType | list[LossType] = Field("sigmoid", description="which of TRL's DPO losses, or a list of them")
+    loss_weights: list[float] | None = Field(None, description="weights of a list of losses; null: all 1")
     label_smoothing: float = Field(
         0.0, ge=0, lt=0.5, description="assumed share of flipped preferences (losses robust, exo_pair, aot)"
     )
     f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = Field(
         "reverse_kl", description="divergence that ties the policy to the reference"
     )
+    f_alpha: float = Field(0.5, gt=0, description="α of f_divergence=alpha_divergence; near 1 it is reverse KL")
     precompute_ref_log_probs: bool = Field(
         True, description="compute the reference's log-probabilities once before training and keep no reference model"
     )
-    lora_r: int = Field(0, ge=0, description="rank of LoRA adapters on all linear layers; 0 trains all parameters")
-    lora_alpha: float = Field(16.0, gt=0, description="scale of the adapters (their effect is lora_alpha / lora_r)")
+    sync_ref_model: bool = Field(
+        False, description="move the reference after the policy now and then (TR-DPO); it is then computed online"
+    )
+    ref_model_sync_steps: int = Field(512, ge=1, description="steps between two moves of the reference")
+    ref_model_mixup_alpha: float = Field(
+        0.6, gt=0, le=1, description="a move takes the reference this share of the way to the policy; 1: all of it"
+    )
     learning_rate: float = Field(1e-5, gt=0, description="peak learning rate")
     epochs: float = Field(1.0, gt=0, description="passes over the pairs")
 
+    @property
+    def loss_types(self) -> list[str]:
+        """The losses as a list."""
+        return [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+
     def problems(self) -> list[Problem]:
         found = super().problems() + model_problems({"model": self.model})
-        if self.label_smoothing and self.loss_type not in _SMOOTHED:
+        types = self.loss_types
+        if self.label_smoothing and not set(types) & set(_SMOOTHED):
             mend = f"give label_smoothing=0, or loss_type one of {', '.join(_SMOOTHED)}"
-            found.append(Problem("label_smoothing", self.label_smoothing, f"{self.loss_type} does not read it", mend))
-        if self.loss_type == "exo_pair" and not self.label_smoothing:
+            problem = f"{', '.join(types)} does not read it"
+            found.append(Problem("label_smoothing", self.label_smoothing, problem, mend))
+        if "exo_pair" in types and not self.label_smoothing:
             found.append(Problem("label_smoothing", 0.0, "exo_pair needs one above 0", "give label_smoothing=1e-3"))
-        if self.f_divergence != "reverse_kl" and self.loss_type not in _ANY_DIVERGENCE:
+        bare = [name for name in types if name not in _ANY_DIVERGENCE]
+        if self.f_divergence != "reverse_kl" and bare:
             mend = f"give f_divergence=reverse_kl, or loss_type one of {', '.join(_ANY_DIVERGENCE)}"
-            found.append(Problem("f_divergence", self.f_divergence, f"is not defined for {self.loss_type}", mend))
+            found.append(Problem("f_divergence", self.f_divergence, f"is not defined for {bare[0]}", mend))
+        if not types:
+            found.append(Problem("loss_type", [], "names no loss", "give at least one, such as sigmoid"))
+        elif self.loss_weights is not None and len(self.loss_weights) != len(types):
+            problem = f"{len(self.loss_weights)} weights for {len(types)} losses"
+            found.append(Problem("loss_weights", self.loss_weights, problem, "give one weight for each"))
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            problem = "log-probabilities computed before training cannot follow a reference that moves"
+            found.append(Problem("sync_ref_model", True, problem, "give precompute_ref_log_probs=false"))
+        if self.sync_ref_model and self.lora_r:
+            problem = "under LoRA the reference is the model with its adapters off, which does not move"
+            found.append(Problem("sync_ref_model", True, problem, "give lora_r=0, or sync_ref_model=false"))
         return found
 
 
@@ -123,9 +150,14 @@ def dpo(config: DPOStageConfig) -> dict[str, float]:
         config,
         DPOConfig,
         beta=config.beta,
-        loss_type=[config.loss_type],
+        loss_type=config.loss_types,
+        loss_weights=config.loss_weights,
         label_smoothing=config.label_smoothing,
         f_divergence_type=config.f_divergence,
+        f_alpha_divergence_coef=config.f_alpha,
+        sync_ref_model=config.sync_ref_model,
+        ref_model_sync_steps=config.ref_model_sync_steps,
+        ref_model_mixup_alpha=config.ref_model_mixup_alpha,
         precompute_ref_log_probs=config.precompute_ref_log_probs,
         precompute_ref_batch_size=config.eval_batch_size,
         eval_strategy="steps" if watch else "no",
@@ -138,7 +170,7 @@ def dpo(config: DPOStageConfig) -> dict[str, float]:
         tokenizer,
         config,
         eval_dataset=pairs["validation"] if watch else None,
-        peft_config=_lora(config),
+        peft_config=lora_settings(config),
         callbacks=[checkpoint_marker()],
         optimizer_cls_and_kwargs=optimizer_choice(config),
     )
@@ -175,14 +207,3 @@ def dpo(config: DPOStageConfig) -> dict[str, float]:
         "dpo/truncated_documents": documents / total,
         "dpo/truncated_summaries": summaries / (2 * total),
     }
-
-
-def _lora(config: DPOStageConfig):
-    if not config.lora_r:
-        return None
-    from peft import LoraConfig
-
-    # all-linear leaves the output head out, whose weight the fused loss reads directly.
-    return LoraConfig(
-        task_type="SEQ_2_SEQ_LM", r=config.lora_r, lora_alpha=config.lora_alpha, target_modules="all-linear"
-    )

@@ -8,28 +8,42 @@ references, cached references and logging stay TRL's.
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from pipelines.seq2seq.collators import PAIR_COLUMNS, GroupedByLength, PairCollator, tokenize_pairs
-from pipelines.seq2seq.losses import sequence_sum, token_log_probs
+from pipelines.errors import UserError
+from pipelines.seq2seq.collators import (
+    PAIR_COLUMNS,
+    CollateSources,
+    GroupedByLength,
+    PairCollator,
+    pair_lengths,
+    sources_of,
+    tokenize_pairs,
+)
+from pipelines.seq2seq.losses import sequence_sum
 from pipelines.seq2seq.training import LengthConfig
 from pipelines.seq2seq.view import (
     as_view,
+    check_log_probs,
     decoder_start_id,
-    encode,
+    run_encoder,
     sequence_log_probs,
     silence_dropout,
     unwrap,
 )
+
+REFERENCE_FILE = "reference.safetensors"
 
 
 class EncoderDecoderDPOTrainer(GroupedByLength, DPOTrainer):
@@ -39,17 +53,21 @@ class EncoderDecoderDPOTrainer(GroupedByLength, DPOTrainer):
         model: an encoder-decoder; its class is swapped for its view. A PEFT model is taken too.
         args: TRL's configuration. ``max_length`` has no meaning here: ``lengths`` rules.
         train_dataset: with the text columns ``prompt``, ``chosen``, ``rejected``, or tokenized by ``tokenize_pairs``.
+            Sources that are not text stand in a column of the model's ``main_input_name`` instead of ``prompt``.
         processing_class: the model's tokenizer.
         lengths: prefix and lengths of the texts.
         eval_dataset: as ``train_dataset``, or None.
         ref_model: the reference; by default a copy of the model, or the model without its adapter under LoRA. Under
             ``precompute_ref_log_probs`` the model itself before its first step, and no copy is kept.
         peft_config: LoRA settings, or None.
+        collate_sources: makes the encoder's batch from examples, e.g. by an image processor; all columns reach it.
+            By default token ids are padded, and features stacked.
         callbacks: of the Trainer.
         optimizer_cls_and_kwargs: of the Trainer.
 
     Raises:
-        UserError: the model is no encoder-decoder that a view can be made of.
+        UserError: the model is no encoder-decoder that a view can be made of; or ``sync_ref_model`` with parameters in
+            shards (ZeRO-3, FSDP).
     """
 
     collator_class: type = PairCollator
@@ -65,6 +83,7 @@ class EncoderDecoderDPOTrainer(GroupedByLength, DPOTrainer):
         eval_dataset: Dataset | None = None,
         ref_model: PreTrainedModel | None = None,
         peft_config: Any = None,
+        collate_sources: CollateSources | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
     ):
@@ -84,11 +103,16 @@ class EncoderDecoderDPOTrainer(GroupedByLength, DPOTrainer):
             if ref_model is not None:
                 silence_dropout(ref_model)
         args.max_length = None
+        inner, pad_id = unwrap(model), processing_class.pad_token_id
+        self._text = collate_sources is None and inner.main_input_name == "input_ids"
+        sources = {} if self._text else {"collate_sources": collate_sources or sources_of(inner, pad_id)}
+        if not self._text:
+            args.remove_unused_columns = False
         super().__init__(
             model=model,
             ref_model=ref_model,
             args=args,
-            data_collator=self.collator_class(processing_class.pad_token_id, decoder_start_id(model)),
+            data_collator=self.collator_class(pad_id, decoder_start_id(model), **sources),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -96,19 +120,23 @@ class EncoderDecoderDPOTrainer(GroupedByLength, DPOTrainer):
             peft_config=peft_config,
         )
         self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
+        if args.sync_ref_model and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            problem = "a reference in shards cannot be moved and saved"
+            raise UserError("sync_ref_model", True, problem, "start with accelerate_configs/ddp.yaml")
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: Any, dataset_name: str) -> Dataset:
         # TRL joins prompt and completion into one string and looks for the boundary in the tokens afterwards; with two
         # tensors there is none to look for.
-        if set(PAIR_COLUMNS) <= set(dataset.column_names):
+        if set(PAIR_COLUMNS[1:]) <= set(dataset.column_names):
             return dataset
-        return tokenize_pairs(dataset, processing_class, self.lengths)[0]
+        keep = () if self._text else dataset.column_names
+        return tokenize_pairs(dataset, processing_class, self.lengths, keep=keep, with_sources=self._text)[0]
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         # TRL keeps these in a cache file, for sets in memory in a temporary folder that outlives no run and is torn
         # when killed. They are a deterministic function of the reference: here they stay in memory.
         # Batches of like length: half the padding.
-        order = np.argsort([len(ids) for ids in dataset["prompt_ids"]], kind="stable")
+        order = np.argsort(self._lengths(dataset), kind="stable")
         loader = DataLoader(dataset.select(order), batch_size=batch_size, collate_fn=self.data_collator, shuffle=False)
         model = self.ref_model or self.model
         found: list[list[Tensor]] = [[], []]
@@ -153,24 +181,25 @@ class EncoderDecoderDPOTrainer(GroupedByLength, DPOTrainer):
         inner.eval()
         rows = [0, len(inputs["input_ids"]) // 2]
         batch = {name: inputs[name][rows] for name in ("input_ids", "attention_mask", "completion_mask")}
-        batch |= {name: inputs[name][:1] for name in ("encoder_input_ids", "encoder_attention_mask")}
+        side = {name: value[:1] for name, value in inputs.items() if name.startswith("encoder_")}
         ids, mask = batch["input_ids"], batch.pop("completion_mask")
         with self.compute_loss_context_manager():
             labels = ids.masked_fill(mask == 0, -100)
-            fused = inner(**batch, labels=labels, fused_lm_head=True, use_cache=False).log_probs
-            plain = inner._plain_class.forward(
-                inner,
-                **{inner.main_input_name: batch["encoder_input_ids"].repeat(2, 1)},
-                attention_mask=batch["encoder_attention_mask"].repeat(2, 1),
-                decoder_input_ids=ids[:, :-1],
-                use_cache=False,
-            ).logits
+            fused = inner(**batch, **side, labels=labels, fused_lm_head=True, use_cache=False).log_probs
+            sources = {name.removeprefix("encoder_"): torch.cat([value, value]) for name, value in side.items()}
+            check_log_probs(inner, sources, ids, mask[:, 1:], fused)
         inner.train(training)
-        wanted = token_log_probs(plain, ids[:, 1:]) * mask[:, 1:]
-        exact = plain.dtype == torch.float32
-        if not torch.allclose(fused.float(), wanted, rtol=1e-3 if exact else 0.1, atol=1e-3 if exact else 0.3):
-            gap = (fused.float() - wanted).abs().max().item()
-            raise RuntimeError(f"log-probabilities differ from those of {type(inner).__name__} itself by {gap:.3g}")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.sync_ref_model and self.args.should_save:
+            # It moves with the policy and cannot be had again from the model that training began with.
+            save_model(self.accelerator.unwrap_model(self.ref_model), Path(output_dir) / REFERENCE_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.args.sync_ref_model and checkpoint is not None:
+            load_model(self.accelerator.unwrap_model(self.ref_model), Path(checkpoint) / REFERENCE_FILE)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the card is written when the model is published, not into every checkpoint."""
@@ -180,7 +209,12 @@ class EncoderDecoderDPOTrainer(GroupedByLength, DPOTrainer):
 
 
 def pair_log_probs(
-    model: nn.Module, pairs: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
+    model: nn.Module,
+    pairs: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    *,
+    collate_sources: CollateSources | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """log π(y | x) of chosen and rejected completions in fp32, summed over tokens.
 
@@ -189,28 +223,25 @@ def pair_log_probs(
         pairs: N tokenized pairs.
         tokenizer: for its padding id.
         batch_size: pairs in one pass.
+        collate_sources: as for ``EncoderDecoderDPOTrainer``.
 
     Returns:
         chosen and rejected, (N,) float64 each, in the order of ``pairs``.
     """
     model.eval()
-    device = next(model.parameters()).device
-    collate = PairCollator(tokenizer.pad_token_id, decoder_start_id(model))
-    order = sorted(range(len(pairs)), key=lambda index: len(pairs[index]["prompt_ids"]))
+    inner, device = unwrap(model), next(model.parameters()).device
+    sources = collate_sources or sources_of(inner, tokenizer.pad_token_id)
+    collate = PairCollator(tokenizer.pad_token_id, decoder_start_id(model), sources)
+    order = np.argsort(pair_lengths(pairs), kind="stable")
     found = np.empty((2, len(pairs)))
     with torch.no_grad():
         for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
+            rows = order[start : start + batch_size].tolist()
             batch = {name: value.to(device) for name, value in collate([pairs[row] for row in rows]).items()}
-            states = encode(model, batch["encoder_input_ids"], batch["encoder_attention_mask"])
-            mask = batch["completion_mask"][:, 1:]
+            side = {name.removeprefix("encoder_"): v for name, v in batch.items() if name.startswith("encoder_")}
+            ids, mask = batch["input_ids"][:, 1:], batch["completion_mask"][:, 1:]
             log_probs = sequence_log_probs(
-                model,
-                states,
-                batch["encoder_attention_mask"],
-                batch["input_ids"][:, 1:],
-                mask,
-                order="sample-major",
+                model, run_encoder(inner, side), side.get("attention_mask"), ids, mask, order="sample-major"
             )
             found[:, rows] = sequence_sum(log_probs, mask).view(2, -1).cpu().numpy()
     return found[0], found[1]

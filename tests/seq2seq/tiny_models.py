@@ -53,33 +53,33 @@ FAMILIES = ("t5", "t5-untied", "mt5", "bart", "pegasus", "marian", "t5gemma")
 ALL_FAMILIES = (*FAMILIES, "whisper", "vision")
 
 
-def tiny(family: str, seed: int = 0) -> transformers.PreTrainedModel:
+def tiny(family: str, seed: int = 0, vocabulary: int = VOCABULARY) -> transformers.PreTrainedModel:
     """A random model of a family in evaluation mode; no part of its path to the logits is neutral."""
-    t = transformers
+    t, size = transformers, {"vocab_size": vocabulary}
     torch.manual_seed(seed)
     if family == "t5":
-        model = t.T5ForConditionalGeneration(t.T5Config(**_T5))
+        model = t.T5ForConditionalGeneration(t.T5Config(**(_T5 | size)))
     elif family == "t5-untied":
         model = t.T5ForConditionalGeneration(
-            t.T5Config(**_T5, tie_word_embeddings=False, feed_forward_proj="gated-gelu")
+            t.T5Config(**(_T5 | size), tie_word_embeddings=False, feed_forward_proj="gated-gelu")
         )
         model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
     elif family == "mt5":
-        model = t.MT5ForConditionalGeneration(t.MT5Config(**_T5))
+        model = t.MT5ForConditionalGeneration(t.MT5Config(**(_T5 | size)))
     elif family == "bart":
-        model = t.BartForConditionalGeneration(t.BartConfig(**_BART))
+        model = t.BartForConditionalGeneration(t.BartConfig(**(_BART | size)))
     elif family == "pegasus":
-        model = t.PegasusForConditionalGeneration(t.PegasusConfig(**_BART))
+        model = t.PegasusForConditionalGeneration(t.PegasusConfig(**(_BART | size)))
     elif family == "marian":
-        model = t.MarianMTModel(t.MarianConfig(**_BART))
+        model = t.MarianMTModel(t.MarianConfig(**(_BART | size)))
     elif family == "t5gemma":
         model = t.T5GemmaForConditionalGeneration(
-            t.T5GemmaConfig(encoder=_GEMMA, decoder=_GEMMA, vocab_size=VOCABULARY)
+            t.T5GemmaConfig(encoder=_GEMMA | size, decoder=_GEMMA | size, vocab_size=vocabulary)
         )
     elif family == "whisper":
         model = t.WhisperForConditionalGeneration(
             t.WhisperConfig(
-                **(_BART | {"encoder_layers": 3, "decoder_start_token_id": 3}),
+                **(_BART | size | {"encoder_layers": 3, "decoder_start_token_id": 3}),
                 max_source_positions=20,
                 max_target_positions=32,
                 num_mel_bins=8,
