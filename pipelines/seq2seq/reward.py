@@ -32,11 +32,7 @@ class RewardConfig(PreferenceFields, LengthConfig, TrainingConfig):
     epochs: float = Field(1.0, gt=0, description="passes over the pairs; more than one or two overfit")
 
     def problems(self) -> list[Problem]:
-        found = super().problems() + model_problems({"model": self.model})
-        if self.use_margin and self.centre:
-            mend = "set one of them to its default"
-            found.append(Problem("use_margin", True, "margin and centre pull scores apart and together", mend))
-        return found
+        return super().problems() + model_problems({"model": self.model})
 
 
 def reward(config: RewardConfig) -> dict[str, float]:

@@ -22,7 +22,7 @@ from pipelines.errors import UserError
 from pipelines.seq2seq.collators import pad_rows
 from pipelines.seq2seq.models import REWARD_MODEL_TYPE, check_reward_model, load_seq2seq, load_tokenizer
 from pipelines.seq2seq.training import LengthConfig, tokenize_sources, tokenize_targets
-from pipelines.seq2seq.view import Order, decoder_start_id, run_decoder, run_encoder, spread_rows
+from pipelines.seq2seq.view import Order, decoder_start_id, left_aligned, run_decoder, run_encoder, spread_rows
 
 
 class EncoderDecoderRewardConfig(PreTrainedConfig):
@@ -139,15 +139,16 @@ class EncoderDecoderRewardModel(PreTrainedModel):
         """Scores of R = K·B summaries of B documents, each document encoded once.
 
         Args:
-            source_ids: (B, S) document ids, padded on the right, as ``tokenize_sources`` makes them.
+            source_ids: (B, S) document ids as ``tokenize_sources`` makes them.
             source_mask: (B, S).
-            summary_ids: (R, T) padded on the right, without a start token, with the end token where there is one.
+            summary_ids: (R, T) padded on either side, without a start token, with the end token where there is one.
             summary_mask: (R, T), 1 on the real tokens.
             order: how the R rows belong to the B documents; needed where R is not B.
 
         Returns:
             (R,) fp32 scores, with gradient where it is on.
         """
+        summary_ids, summary_mask, _ = left_aligned(summary_ids, summary_mask)
         start = summary_ids.new_full((len(summary_ids), 1), self.config.decoder_start_token_id)
         inputs = torch.cat([start, summary_ids], dim=1)
         mask = torch.cat([torch.ones_like(start), summary_mask.to(start.dtype)], dim=1)

@@ -70,6 +70,10 @@ def test_scores_are_the_head_on_the_last_real_state_and_survive_saving(family, t
             decoder_input_ids=torch.cat([start[row], summary[row, :real]])[None],
         ).last_hidden_state[0, -1]
         assert found[row].item() == pytest.approx((state @ model.score_head.weight[0]).item(), abs=2e-5)
+    left = (torch.arange(5) + mask.sum(1, keepdim=True)) % 5
+    torch.testing.assert_close(
+        model.score(source, source_mask, summary.gather(1, left), mask.gather(1, left), order="source-major"), found
+    )
     model.save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / "model.safetensors").exists()
     again = load_reward_model(str(tmp_path / "saved"))
@@ -204,9 +208,43 @@ def test_wrong_models_are_refused_in_one_line(tiny_t5, trained, tmp_path):
         load_reward_model(str(bare))
 
 
-def test_impossible_combinations_are_named():
-    config = RewardConfig(model="m", preferences="p", use_margin=True, centre=0.1)
-    assert [p.what for p in config.problems()] == ["use_margin"]
+@pytest.mark.parametrize(("use_margin", "centre"), [(False, 0.0), (True, 0.0), (False, 0.3), (True, 0.3)])
+def test_the_trainers_loss_is_that_of_llama_2_with_centring(tmp_path, tiny_t5, use_margin, centre):
+    """−log σ(r_w − r_l − m) + c (r_w + r_l)²: the margin acts on the difference, the centring on the sum."""
+    from datasets import Dataset
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_t5)
+    torch.manual_seed(0)
+    model = EncoderDecoderRewardModel.from_seq2seq(str(tiny_t5), LengthConfig()).eval()
+    rows = [
+        {"prompt_ids": [5, 6, 1], "chosen_ids": [8, 9, 1], "rejected_ids": [10, 1], "margin": 0.5},
+        {"prompt_ids": [7, 1], "chosen_ids": [11, 1], "rejected_ids": [12, 13, 1], "margin": 2.0},
+    ]
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    data = Dataset.from_list(rows)
+    trainer = RewardTrainer(model, arguments, data, None, tokenizer, use_margin=use_margin, centre=centre)
+    loss = trainer.compute_loss(model, trainer.data_collator(rows)).item()
+    expected = 0.0
+    with torch.no_grad():
+        for row in rows:
+            source = torch.tensor([row["prompt_ids"]])
+            w, x = (
+                model.score(source, torch.ones_like(source), torch.tensor([row[side]]), torch.ones(1, len(row[side])))
+                for side in ("chosen_ids", "rejected_ids")
+            )
+            margin = row["margin"] if use_margin else 0.0
+            expected += (-torch.log(torch.sigmoid(w - x - margin)) + centre * (w + x) ** 2).item() / 2
+    assert loss == pytest.approx(expected, abs=1e-5)
+
+
+def test_centring_keeps_scores_near_zero(tiny_t5, pairs, tmp_path):
+    means = []
+    for centre in (0.0, 1.0):
+        config = settings(tiny_t5, pairs, tmp_path / str(centre), centre=centre, max_steps=12, save_steps=12)
+        assert reward(config)["reward/accuracy"] > 0.6
+        history = json.loads((tmp_path / str(centre) / "log_history.json").read_text())
+        means.append(abs([entry["eval_score"] for entry in history if "eval_score" in entry][-1]))
+    assert means[1] < 0.5 * means[0]
 
 
 def test_calibration_of_a_sure_and_of_a_random_judge():
