@@ -80,7 +80,7 @@ def dpo_loss(
     rejected_reference: Tensor,
     *,
     beta: float = 0.1,
-    label_smoothing: float = 0.0,
+    label_smoothing: float | Tensor = 0.0,
 ) -> Tensor:
     """The sigmoid DPO loss, per pair (Rafailov et al. 2023, eq. 7; label smoothing: Mitchell 2023, cDPO).
 
@@ -92,7 +92,7 @@ def dpo_loss(
         chosen_reference: (B,) log π_ref(y_w | x).
         rejected_reference: (B,) log π_ref(y_l | x).
         beta: strength of the pull to the reference, in reward units a nat.
-        label_smoothing: ε in [0, 0.5), the assumed share of flipped labels.
+        label_smoothing: ε, the share of flipped labels: one in [0, 0.5) that is assumed, or (B,) in [0, 1] where known.
 
     Returns:
         (B,) fp32 losses; ln 2 where the policy is the reference.

@@ -1,0 +1,224 @@
+"""Every trainer let loose on a world whose optimum is known, and how far from it each ends (see ``enumerable``)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+from trl import DPOConfig
+
+from pipelines.seq2seq.dpo_trainer import EncoderDecoderDPOTrainer
+from pipelines.seq2seq.enumerable import World, all_lists, all_pairs, divergence, make_policy, make_tokenizer
+from pipelines.seq2seq.listwise_trainer import ListwiseDPOTrainer
+from pipelines.seq2seq.losses import dpo_loss
+from pipelines.seq2seq.ppo_arguments import PPOArguments
+from pipelines.seq2seq.ppo_trainer import PPOTrainer
+from pipelines.seq2seq.rewards import RewardFunction, Rewards
+from pipelines.seq2seq.training import LengthConfig
+from pipelines.seq2seq.view import as_view
+
+
+@dataclass
+class Problem:
+    """A world, the policy every method starts from and is held near, and the strength of that pull.
+
+    Args:
+        world: sources, completions, rewards.
+        beta: β, in units of reward a nat.
+    """
+
+    world: World
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.start = make_policy(self.world)
+        self.tokenizer = make_tokenizer(self.world)
+        self.reference = self.world.log_probs(self.start)
+        self.optimum = self.world.optimum(self.reference, self.beta)
+
+    def policy(self) -> Any:
+        """A copy of the policy to start from."""
+        return copy.deepcopy(self.start)
+
+    def distance(self, model: Any) -> float:
+        """KL(π‖π*) of a model in nats, the mean over sources."""
+        return divergence(self.world.log_probs(getattr(model, "policy", model)), self.optimum)
+
+    @property
+    def first_distance(self) -> float:
+        """KL(π_ref‖π*)."""
+        return divergence(self.reference, self.optimum)
+
+
+class _Curve(TrainerCallback):
+    """Keeps [step, KL(π‖π*)] of some steps."""
+
+    def __init__(self, problem: Problem, every: int):
+        self.problem, self.every = problem, every
+        self.points: list[list[float]] = [[0, problem.first_distance]]
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self.points.append([state.global_step, self.problem.distance(model)])
+
+
+def _arguments(folder: str | Path, **fields: Any) -> dict[str, Any]:
+    common = {"use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
+    common |= {"lr_scheduler_type": "cosine", "output_dir": str(folder)}
+    return common | fields
+
+
+def _train(problem: Problem, trainer: Any, points: int) -> list[list[float]]:
+    curve = _Curve(problem, max(1, trainer.args.max_steps // points))
+    trainer.add_callback(curve)
+    trainer.train()
+    return curve.points
+
+
+def train_dpo(
+    problem: Problem, folder: str | Path, *, steps: int, batch_size: int, copies: int, rate: float, points: int = 20
+) -> list[list[float]]:
+    """DPO on every pair of completions, each order as often as Bradley–Terry prefers it (``all_pairs``).
+
+    Args:
+        problem: world, start, β.
+        folder: for the trainer; nothing of use is written.
+        steps: optimizer steps.
+        batch_size: pairs of a step.
+        copies: rows a pair, shared out between its two orders.
+        rate: peak learning rate, falling to 0 on a cosine.
+        points: how many distances to take on the way.
+
+    Returns:
+        [step, KL(π‖π*)] from before the first step to after the last.
+    """
+    arguments = _preference_arguments(problem, folder, steps, batch_size, rate)
+    data = all_pairs(problem.world, copies)
+    trainer = EncoderDecoderDPOTrainer(problem.policy(), arguments, data, problem.tokenizer, LengthConfig())
+    return _train(problem, trainer, points)
+
+
+def train_listwise(
+    problem: Problem,
+    folder: str | Path,
+    *,
+    steps: int,
+    batch_size: int,
+    copies: int,
+    rate: float,
+    size: int = 4,
+    points: int = 20,
+) -> list[list[float]]:
+    """Listwise DPO on lists of ``size`` with rankings as often as Plackett–Luce has them; the rest as ``train_dpo``."""
+    arguments = _preference_arguments(problem, folder, steps, batch_size, rate)
+    data = all_lists(problem.world, size=size, copies=copies)
+    trainer = ListwiseDPOTrainer(problem.policy(), arguments, data, problem.tokenizer, LengthConfig())
+    return _train(problem, trainer, points)
+
+
+def _preference_arguments(problem: Problem, folder: str | Path, steps: int, batch_size: int, rate: float) -> DPOConfig:
+    return DPOConfig(
+        **_arguments(folder, learning_rate=rate, max_steps=steps, per_device_train_batch_size=batch_size),
+        beta=problem.beta,
+        precompute_ref_log_probs=True,
+        precompute_ref_batch_size=1024,
+        gradient_checkpointing=False,
+        logging_steps=max(1, steps),
+    )
+
+
+def _sources(problem: Problem) -> list[dict[str, Any]]:
+    return [
+        {"id": f"s{number}", "input_ids": ids, "document": str(number), "references": [""]}
+        for number, ids in enumerate(problem.world.sources)
+    ]
+
+
+def _rewards(problem: Problem) -> Rewards:
+    return Rewards([RewardFunction("table", 1.0, problem.world.reward_of)])
+
+
+def train_ppo(
+    problem: Problem, folder: str | Path, *, rollouts: int, samples: int, rate: float, epochs: int = 2, points: int = 20
+) -> list[list[float]]:
+    """PPO on all sources at once, the price of a nat β in the reward.
+
+    Args:
+        problem: world, start, β.
+        folder: for the trainer; nothing of use is written.
+        rollouts: how many; each is one mini-batch.
+        samples: completions a source and rollout.
+        rate: peak learning rate, falling to 0 on a cosine; the critic's head learns at the same.
+        epochs: passes over a rollout.
+        points: how many distances to take on the way.
+
+    Returns:
+        [step, KL(π‖π*)] from before the first step to after the last.
+    """
+    sources = _sources(problem)
+    arguments = PPOArguments(
+        **_arguments(folder, learning_rate=rate),
+        rollouts=rollouts,
+        sources_per_rollout=len(sources),
+        samples_per_source=samples,
+        ppo_epochs=epochs,
+        mini_batch_size=len(sources) * samples,
+        rollout_batch_size=len(sources) * samples,
+        max_new_tokens=problem.world.length,
+        kl_coefficient=problem.beta,
+    )
+    trainer = PPOTrainer(problem.policy(), arguments, sources, problem.tokenizer, _rewards(problem))
+    return _train(problem, trainer, points)
+
+
+def train_exactly(
+    problem: Problem, loss: Callable[[Problem, Tensor], Tensor], *, steps: int, rate: float, points: int = 20
+) -> list[list[float]]:
+    """Descend the expectation of a loss over everything, no sampling anywhere: what the method itself leads to.
+
+    Args:
+        problem: world, start, β.
+        loss: of the problem and the (S, N) log-probabilities, with gradient.
+        steps: steps of Adam.
+        rate: peak learning rate, falling to 0 on a cosine.
+        points: how many distances to take on the way.
+    """
+    model = as_view(problem.policy()).train()
+    optimizer = torch.optim.Adam(model.parameters(), rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    found = [[0, problem.first_distance]]
+    for step in range(1, steps + 1):
+        optimizer.zero_grad()
+        loss(problem, problem.world.log_probs(model, gradient=True)).backward()
+        optimizer.step()
+        schedule.step()
+        if step % max(1, steps // points) == 0 or step == steps:
+            found.append([step, problem.distance(model)])
+    return found
+
+
+def expected_dpo_loss(problem: Problem, log_probs: Tensor) -> Tensor:
+    """The sigmoid DPO loss in expectation over all pairs of completions and Bradley–Terry labels; a scalar."""
+    first, second = torch.triu_indices(log_probs.shape[1], log_probs.shape[1], offset=1)
+    rewards, reference = problem.world.rewards, problem.reference
+    wrong = torch.sigmoid(rewards[:, second] - rewards[:, first])
+    return dpo_loss(
+        log_probs[:, first],
+        log_probs[:, second],
+        reference[:, first],
+        reference[:, second],
+        beta=problem.beta,
+        label_smoothing=wrong,
+    ).mean()
+
+
+def regularized_reward_loss(problem: Problem, log_probs: Tensor) -> Tensor:
+    """−(E_π[r] − β KL(π‖π_ref)), the mean over sources: what PPO, GRPO and RLOO estimate from samples; a scalar."""
+    penalty = problem.beta * (log_probs - problem.reference)
+    return -(log_probs.exp() * (problem.world.rewards - penalty)).sum(dim=1).mean()
