@@ -69,9 +69,11 @@ class ActorCritic(nn.Module):
             kept = {
                 id(p) for module in (inner.get_decoder(), inner.get_output_embeddings()) for p in module.parameters()
             }
-            for parameter in inner.get_encoder().parameters():
-                if id(parameter) not in kept:
-                    parameter.requires_grad_(False)
+            projection = getattr(inner, "enc_to_dec_proj", None)
+            for module in filter(None, (inner.get_encoder(), projection)):
+                for parameter in module.parameters():
+                    if id(parameter) not in kept:
+                        parameter.requires_grad_(False)
         self.critic = None
         if separate_critic:
             self.critic = copy.deepcopy(inner)
@@ -100,7 +102,7 @@ class ActorCritic(nn.Module):
     def forward(
         self,
         source_ids: Tensor,
-        source_mask: Tensor,
+        source_mask: Tensor | None,
         completion_ids: Tensor,
         completion_mask: Tensor,
         *,
@@ -111,8 +113,8 @@ class ActorCritic(nn.Module):
         """Log-probabilities and values of B·K completions (source-major) of B sources, each source encoded once.
 
         Args:
-            source_ids: (B, S).
-            source_mask: (B, S).
+            source_ids: (B, S), or whatever the policy's ``main_input_name`` takes (features, pixels).
+            source_mask: (B, S) or None.
             completion_ids: (R, T) without the decoder's start token.
             completion_mask: (R, T).
             encoder_states: (B, S, H) of the policy where they are known already.
@@ -171,7 +173,7 @@ class Reference:
     def log_probs(
         self,
         source_ids: Tensor,
-        source_mask: Tensor,
+        source_mask: Tensor | None,
         completion_ids: Tensor,
         completion_mask: Tensor,
         *,

@@ -37,6 +37,7 @@ from pipelines.seq2seq.view import (
     as_view,
     check_log_probs,
     decoder_start_id,
+    in_shards,
     run_encoder,
     sequence_log_probs,
     silence_dropout,
@@ -174,9 +175,8 @@ class EncoderDecoderDPOTrainer(GroupedByLength, DPOTrainer):
         inner = unwrap(self.model)
         if not inputs["completion_mask"].any(dim=1).all():
             raise RuntimeError("a preference pair has a completion without a token")
-        weight = inner.get_output_embeddings().weight
-        if weight.numel() == 0 or isinstance(weight, torch.distributed.tensor.DTensor):
-            return  # parameters in shards: only the sharded model's own forward may touch them
+        if in_shards(inner):
+            return
         training = inner.training
         inner.eval()
         rows = [0, len(inputs["input_ids"]) // 2]
@@ -187,7 +187,7 @@ class EncoderDecoderDPOTrainer(GroupedByLength, DPOTrainer):
             labels = ids.masked_fill(mask == 0, -100)
             fused = inner(**batch, **side, labels=labels, fused_lm_head=True, use_cache=False).log_probs
             sources = {name.removeprefix("encoder_"): torch.cat([value, value]) for name, value in side.items()}
-            check_log_probs(inner, sources, ids, mask[:, 1:], fused)
+            check_log_probs(inner, sources, ids[:, 1:], mask[:, 1:], fused)
         inner.train(training)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

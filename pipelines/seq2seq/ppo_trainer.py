@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -27,22 +27,25 @@ from pipelines.errors import UserError
 from pipelines.seq2seq import ppo_math
 from pipelines.seq2seq.actor_critic import ActorCritic, Reference
 from pipelines.seq2seq.annotators import Annotator
-from pipelines.seq2seq.collators import pad_rows
+from pipelines.seq2seq.collators import CollateSources, sources_of
 from pipelines.seq2seq.losses import kl_estimate, masked_mean, sequence_sum
 from pipelines.seq2seq.ppo_arguments import PPOArguments
 from pipelines.seq2seq.rewards import Rewards
 from pipelines.seq2seq.sampling import GumbelSampler, prompt_keys, sample_completions
-from pipelines.seq2seq.view import as_view, encode, silence_dropout
+from pipelines.seq2seq.view import as_view, check_log_probs, encode, silence_dropout, unwrap
 
 STATE_FILE = "ppo_state.pt"
 Rollout = dict[str, Tensor]
 
 
 class SourceExample(TypedDict):
-    """What the trainer knows of a source: its tokens, and texts for the reward functions."""
+    """What the trainer knows of a source: its tokens, and texts for the reward functions.
+
+    A source that is not text holds its array under the model's ``main_input_name``, or what ``collate_sources`` needs.
+    """
 
     id: str
-    input_ids: list[int]
+    input_ids: NotRequired[list[int]]
     document: str
     references: list[str]
 
@@ -70,6 +73,7 @@ class PPOTrainer(Trainer):
         sources: what completions are sampled of; at least ``args.sources_per_rollout``, with distinct ids.
         tokenizer: the policy's.
         rewards: what a completion is worth.
+        collate_sources: makes ``main_input_name`` and, or not, ``attention_mask`` of sources; by default as DPO's.
         gold: a judge that is logged beside the reward and never trained on; it sees one completion a source.
         separate_critic: give the critic a trunk of its own.
         train_encoder: False trains the decoder only.
@@ -91,6 +95,7 @@ class PPOTrainer(Trainer):
         tokenizer: PreTrainedTokenizerBase,
         rewards: Rewards,
         *,
+        collate_sources: CollateSources | None = None,
         gold: Annotator | None = None,
         separate_critic: bool = False,
         train_encoder: bool = True,
@@ -119,13 +124,14 @@ class PPOTrainer(Trainer):
         self.reference = Reference(policy)
         self.reference.model.to(args.device)
         self.rewards, self.gold = rewards, gold
+        self.collate_sources = collate_sources or sources_of(unwrap(policy), tokenizer.pad_token_id, "input_ids")
         self.samples_file = Path(samples_file) if samples_file is not None else None
         self.kl_coefficient = args.kl_coefficient
         self.score_moments = ppo_math.RunningMoments()
         self.rollout: Rollout | None = None
         self.record: dict[str, float] = {}
         self.statistics = torch.zeros(len(self._STATISTICS), dtype=torch.float64)
-        self.stopped = self.halted = False
+        self.stopped = self.halted = self._checked = False
         self._keys = prompt_keys([source["id"] for source in sources])
 
     # --- the schedule: everything is a function of the micro-batch's number ---
@@ -161,7 +167,9 @@ class PPOTrainer(Trainer):
         share, rows = share.to(args.device), rows.to(args.device)
         batch = {k: v[share if k.startswith("source_") else rows] for k, v in self.rollout.items()}
         for prefix, names in (("source_", ("ids", "mask")), ("", [k for k in batch if not k.startswith("source_")])):
-            mask = batch[f"{prefix or 'completion_'}mask"]
+            mask = batch.get(f"{prefix or 'completion_'}mask")
+            if mask is None:
+                continue  # sources without a mask are of one size
             longest = int(mask.sum(1).max())
             batch |= {prefix + name: batch[prefix + name][:, :longest] for name in names}
         # Processes average their gradients; the loss is a mean over the tokens of the whole mini-batch.
@@ -210,11 +218,13 @@ class PPOTrainer(Trainer):
     def _sample(self, examples: list[SourceExample], keys: Tensor, number: int) -> Rollout:
         """Completions of this process's sources with their log-probabilities and values, in chunks of like length."""
         args, samples, pad = self.args, self.args.samples_per_source, self.processing_class.pad_token_id
-        order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
+        order = sorted(range(len(examples)), key=lambda i: len(examples[i].get("input_ids", ())))
         size = max(1, args.rollout_batch_size // samples)
         chunks: list[Rollout] = []
         for chosen in (order[i : i + size] for i in range(0, len(order), size)):
-            ids, mask = (t.to(args.device) for t in pad_rows([examples[i]["input_ids"] for i in chosen], pad))
+            sources = self.collate_sources([examples[i] for i in chosen])
+            sources = {name: tensor.to(args.device) for name, tensor in sources.items()}
+            ids, mask = sources[unwrap(self.model.policy).main_input_name], sources.get("attention_mask")
             states = encode(self.model.policy, ids, mask)
             sampler = GumbelSampler(
                 args.seed,
@@ -237,9 +247,14 @@ class PPOTrainer(Trainer):
             # Not what sampling saw: with a cache the same numbers come in another order of additions, and the first
             # ratio would not be 1.
             found = self.model(*batch, encoder_states=states, temperature=args.temperature, with_entropy=True)
+            if not self._checked:
+                first = {name: tensor[:1] for name, tensor in sources.items()}
+                rows = (completion_ids[:1], completion_mask[:1], found["log_probs"][:1])
+                check_log_probs(self.model.policy, first, *rows, temperature=args.temperature)
+                self._checked = True
             found["reference"] = self.reference.log_probs(*batch, temperature=args.temperature)
             names = ("source_ids", "source_mask", "completion_ids", "completion_mask")
-            chunks.append(dict(zip(names, batch, strict=True)) | found)
+            chunks.append({k: v for k, v in zip(names, batch, strict=True) if v is not None} | found)
         back = torch.tensor(order).argsort()
         rows = (back[:, None] * samples + torch.arange(samples)).flatten()
         return {
@@ -325,7 +340,7 @@ class PPOTrainer(Trainer):
         args, mask = self.args, inputs["completion_mask"]
         names = ("source_ids", "source_mask", "completion_ids", "completion_mask")
         now = model(
-            *(inputs[name] for name in names),
+            *(inputs.get(name) for name in names),
             temperature=args.temperature,
             with_entropy=args.entropy_coefficient != 0,
         )

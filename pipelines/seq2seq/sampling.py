@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, LogitsProcessor
 
 from pipelines.seq2seq.shared_attention import can_share, shared_sources
-from pipelines.seq2seq.view import decoder_start_id, output_logits, unwrap
+from pipelines.seq2seq.view import decoder_start_id, known_arguments, output_logits, unwrap
 
 
 def _signed(value: int, bits: int = 64) -> int:
@@ -137,7 +137,7 @@ class GumbelSampler(LogitsProcessor):
 def sample_completions(
     model: Any,
     encoder_states: Tensor,
-    source_mask: Tensor,
+    source_mask: Tensor | None,
     sampler: GumbelSampler,
     *,
     samples: int,
@@ -153,7 +153,7 @@ def sample_completions(
     Args:
         model: a view, or a PEFT model around one.
         encoder_states: (B, S, H) from ``view.encode``.
-        source_mask: (B, S).
+        source_mask: (B, S) or None.
         sampler: with R = B·K rows, source-major: row b·K + k is completion k of source b.
         samples: K.
         max_new_tokens: T, the end token included.
@@ -172,13 +172,9 @@ def sample_completions(
 
     def next_logits(tokens: Tensor) -> Tensor:
         with shared_sources(model) if shared and len(tokens) != len(states) else nullcontext():
-            result = decoder(
-                input_ids=tokens[:, None],
-                encoder_hidden_states=states,
-                encoder_attention_mask=source_mask,
-                past_key_values=cache,
-                use_cache=True,
-            )
+            sources = {"encoder_hidden_states": states, "encoder_attention_mask": source_mask}
+            sources = known_arguments(decoder, sources)
+            result = decoder(input_ids=tokens[:, None], past_key_values=cache, use_cache=True, **sources)
         return output_logits(inner, result.last_hidden_state[:, -1] * scale)
 
     total = sources * samples
@@ -192,7 +188,7 @@ def sample_completions(
     cache.self_attention_cache.batch_repeat_interleave(samples)
     if not shared:
         cache.cross_attention_cache.batch_repeat_interleave(samples)
-        states, source_mask = states.repeat_interleave(samples, 0), source_mask.repeat_interleave(samples, 0)
+        states, source_mask = (None if t is None else t.repeat_interleave(samples, 0) for t in (states, source_mask))
     # What leaves the batch together once all of it has ended: the rows of a source where they share its keys.
     group = samples if shared else 1
     alive = torch.ones_like(rows, dtype=torch.bool)
@@ -212,7 +208,7 @@ def sample_completions(
             kept_rows = (kept[:, None] * group + torch.arange(group, device=device)).flatten()
             cache.self_attention_cache.batch_select_indices(kept_rows)
             cache.cross_attention_cache.batch_select_indices(kept)
-            states, source_mask = states[kept], source_mask[kept]
+            states, source_mask = (None if t is None else t[kept] for t in (states, source_mask))
             rows, tokens, alive = rows[kept_rows], tokens[kept_rows], alive[kept_rows]
         logits = next_logits(tokens)
     return completions[:, : position + 1], mask[:, : position + 1]

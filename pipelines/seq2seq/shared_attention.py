@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from pipelines.seq2seq.view import Order, decode, run_decoder, unwrap
+from pipelines.seq2seq.view import Order, decode, projected, run_decoder, unwrap
 
 _NAME = "genalign_shared_sources"
 _ORDER: ContextVar[Order] = ContextVar("order", default="source-major")
@@ -104,12 +104,12 @@ def _agrees(model: Any) -> bool:
     # Large enough, and unlike enough, for a row paired with the wrong source or mask to show.
     numbers = torch.arange(2 * 5 * width, device=weight.device, dtype=torch.float32)
     states = 10 * torch.sin(numbers**2).view(2, 5, width)
-    states = states.to(weight.dtype)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], device=weight.device)
     ids = torch.arange(18, device=weight.device).view(6, 3) % weight.shape[0]
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
+        states = projected(model, states.to(weight.dtype))
         tolerance = 1e-4 if weight.dtype == torch.float32 else 2e-2
         for order in ("source-major", "sample-major"):
             with torch.autocast(weight.device.type, enabled=False):
@@ -127,7 +127,7 @@ def _agrees(model: Any) -> bool:
 
 
 def decode_shared(
-    model: Any, encoder_states: Tensor, source_mask: Tensor, decoder_input_ids: Tensor, *, order: Order
+    model: Any, encoder_states: Tensor, source_mask: Tensor | None, decoder_input_ids: Tensor, *, order: Order
 ) -> Tensor:
     """``view.decode`` without copies of the sources where the model can do it: same arguments, same states."""
     rows = len(decoder_input_ids)

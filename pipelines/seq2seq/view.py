@@ -176,6 +176,12 @@ def _parameters(module_class: type[nn.Module]) -> frozenset[str]:
     return frozenset(inspect.signature(module_class.forward).parameters)
 
 
+def known_arguments(module: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Those inputs that a module's forward names: Whisper's decoder, for one, has no mask of the source."""
+    known = _parameters(type(module))
+    return {name: value for name, value in inputs.items() if name in known}
+
+
 def decoder_trunk(model: Any) -> nn.Module:
     """The decoder of a model without any head: what ``get_decoder`` gives, and what that gives, and so on."""
     decoder = model.get_decoder()
@@ -195,13 +201,11 @@ def run_encoder(model: PreTrainedModel, inputs: dict[str, Tensor | None]) -> Ten
         (B, S, H), as the decoder reads them: projected to its width in composite models.
     """
     encoder = model.get_encoder()
-    known = _parameters(type(encoder))
-    states = encoder(**{name: value for name, value in inputs.items() if name in known}).last_hidden_state
-    return _projected(model, states)
+    return projected(model, encoder(**known_arguments(encoder, inputs)).last_hidden_state)
 
 
-def _projected(model: PreTrainedModel, states: Tensor) -> Tensor:
-    # Vision-, speech- and text-encoder-decoder models of two parts of unlike widths.
+def projected(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """Encoder states (B, S, H) at the decoder's width, in composite models of two parts of unlike widths."""
     projection = getattr(model, "enc_to_dec_proj", None)
     return states if projection is None else projection(states)
 
@@ -272,8 +276,7 @@ def run_decoder(
         "encoder_attention_mask": states_mask(model, states, source_mask),
         "use_cache": False,
     }
-    known = _parameters(type(decoder))
-    result = decoder(**{name: value for name, value in inputs.items() if name in known}).last_hidden_state
+    result = decoder(**known_arguments(decoder, inputs)).last_hidden_state
     if back is not None:
         result = result.gather(1, back[..., None].expand_as(result))
     scale = model.__dict__.get("_view_scale", 1.0)
@@ -331,7 +334,7 @@ def _measured_scale(model: PreTrainedModel) -> float:
         try:
             encoded = BaseModelOutput(last_hidden_state=states)
             wanted = model(encoder_outputs=encoded, decoder_input_ids=ids, use_cache=False).logits.float()
-            result = run_decoder(model, _projected(model, states), None, ids, None)
+            result = run_decoder(model, projected(model, states), None, ids, None)
         except Exception as error:  # whatever an architecture of another kind says to a plain encoder's output
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError("model", name, f"cannot be decoded from encoder states alone ({reason})", mend) from error
@@ -468,9 +471,21 @@ def sequence_log_probs(
     return found if back is None else found.gather(1, back)
 
 
+def in_shards(model: PreTrainedModel) -> bool:
+    """Whether the parameters are in shards (ZeRO-3, FSDP), which only the sharded model's own forward may touch."""
+    weight = model.get_output_embeddings().weight
+    return weight.numel() == 0 or isinstance(weight, torch.distributed.tensor.DTensor)
+
+
 @torch.no_grad()
 def check_log_probs(
-    model: Any, sources: dict[str, Tensor | None], decoder_ids: Tensor, mask: Tensor, found: Tensor
+    model: Any,
+    sources: dict[str, Tensor],
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    found: Tensor,
+    *,
+    temperature: float = 1.0,
 ) -> None:
     """Compare log-probabilities with the plain class's teacher-forced ones: the guard against silent failures.
 
@@ -478,24 +493,30 @@ def check_log_probs(
     and a loss that falls all the same. The trainers therefore check their first batch.
 
     Args:
-        model: a view, or a PEFT model around one, in evaluation mode or without dropout.
+        model: a view, or a PEFT model around one.
         sources: (R, …) each under its name in the plain class's forward, one for every row.
-        decoder_ids: (R, 1 + T) ``[start; completion]``, padded on the right.
-        mask: (R, T), 1 on the completion's real tokens.
-        found: (R, T) log-probabilities to check.
+        completion_ids: (R, T) padded on the right, without a start token.
+        completion_mask: (R, T), 1 on the real tokens.
+        found: (R, T) log-probabilities to check, made without dropout.
+        temperature: what the logits were divided by.
 
     Raises:
         RuntimeError: they differ.
     """
-    inner = unwrap(model)
-    plain = inner._plain_class.forward(inner, **sources, decoder_input_ids=decoder_ids[:, :-1], use_cache=False).logits
-    wanted = token_log_probs(plain, decoder_ids[:, 1:])
+    inner, mask = unwrap(model), completion_mask.bool()
+    if in_shards(inner):
+        return
+    with _evaluating(inner):
+        given = {"decoder_input_ids": decoder_inputs(inner, completion_ids), "use_cache": False}
+        plain = inner._plain_class.forward(inner, **sources, **given).logits
+    wanted = token_log_probs(plain, completion_ids, temperature=temperature)[mask]
+    if not torch.isfinite(wanted).all():
+        return  # a diverged model is another mistake, and named as such by the trainers
     exact = plain.dtype == torch.float32
-    gap = (found.float() - wanted)[mask.bool()].abs()
-    allowed = (1e-3 if exact else 0.3) + (1e-3 if exact else 0.1) * wanted[mask.bool()].abs()
-    if not (gap <= allowed).all():
-        gap = gap.max().item()
-        raise RuntimeError(f"log-probabilities differ from those of {type(inner).__name__} itself by {gap:.3g}")
+    gap = (found.float()[mask] - wanted).abs()
+    if not (gap <= (1e-3 if exact else 0.3) + (1e-3 if exact else 0.1) * wanted.abs()).all():
+        name, gap = type(inner).__name__, gap.max().item()
+        raise RuntimeError(f"log-probabilities differ from those of {name} itself by {gap:.3g}")
 
 
 _DROPS = ("dropout", "layerdrop", "drop_prob", "drop_path")

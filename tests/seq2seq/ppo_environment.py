@@ -66,9 +66,19 @@ def count_w5(documents, summaries, references) -> list[float]:
 
 
 def make_trainer(
-    folder, *, dropout=0.0, separate_critic=False, train_encoder=True, lora=0, callbacks=None, **options
+    folder,
+    *,
+    dropout=0.0,
+    separate_critic=False,
+    train_encoder=True,
+    lora=0,
+    callbacks=None,
+    policy=None,
+    sources=None,
+    collate_sources=None,
+    **options,
 ) -> PPOTrainer:
-    """A trainer of that world; ``options`` are ``PPOArguments``."""
+    """A trainer of that world, or of another policy and its sources; ``options`` are ``PPOArguments``."""
     settings = {
         "rollouts": 2,
         "sources_per_rollout": 8,
@@ -84,7 +94,7 @@ def make_trainer(
         "disable_tqdm": True,
         "kl_coefficient": 0.02,
     }
-    policy = make_policy(dropout, seed=options.get("seed", 0))
+    policy = make_policy(dropout, seed=options.get("seed", 0)) if policy is None else policy
     if lora:
         from peft import LoraConfig, get_peft_model
 
@@ -96,9 +106,10 @@ def make_trainer(
     return PPOTrainer(
         policy,
         PPOArguments(output_dir=str(folder), **(settings | options)),
-        make_sources(),
+        make_sources() if sources is None else sources,
         make_tokenizer(),
         Rewards([RewardFunction("count", 1.0, count_w5)]),
+        collate_sources=collate_sources,
         gold=count_w5,
         separate_critic=separate_critic,
         train_encoder=train_encoder,

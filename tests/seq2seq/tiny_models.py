@@ -90,7 +90,7 @@ def tiny(family: str, seed: int = 0, vocabulary: int = VOCABULARY) -> transforme
         # An encoder of another width than the decoder's, and a decoder with absolute positions and a head of its own.
         encoder = t.ViTConfig(**_VIT, image_size=8, patch_size=4)
         decoder = t.GPT2Config(
-            **_GPT2, is_decoder=True, add_cross_attention=True, bos_token_id=3, eos_token_id=1, pad_token_id=0
+            **(_GPT2 | size), is_decoder=True, add_cross_attention=True, bos_token_id=3, eos_token_id=1, pad_token_id=0
         )
         config = t.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
             encoder, decoder, decoder_start_token_id=3, pad_token_id=0, eos_token_id=1
