@@ -92,8 +92,8 @@ def make_world(*, vocabulary: int = 5, length: int = 3, sources: int = 2, spread
 def make_policy(world: World, *, width: int = 32, seed: int = 0) -> Any:
     """A random one-layer BART over the world's vocabulary, without dropout.
 
-    BART because one layer of it learns any such table in a hundred steps; a T5 of that size, without biases and absolute
-    positions, gets stuck long before, even when it is given the exact gradient of the divergence.
+    BART because one layer of it learns any such table in a hundred steps; a T5 of that size, without biases and
+    absolute positions, gets stuck long before, even when it is given the exact gradient of the divergence.
     """
     from transformers import BartConfig, BartForConditionalGeneration
 
