@@ -69,6 +69,8 @@ def _run(arguments: argparse.Namespace) -> None:
         raise UserError("--config_file", arguments.config_file, "says how to launch", "add --launcher accelerate")
     if arguments.config_file and not Path(arguments.config_file).is_file():
         raise UserError("--config_file", arguments.config_file, "no such file", "see the folder accelerate_configs")
+    if arguments.output_dir is not None and not arguments.output_dir.strip():
+        raise UserError("--output_dir", arguments.output_dir, "is empty", "name a folder, or leave the option out")
     chain = Chain.load(arguments.chain)
     run_dir = Path(arguments.output_dir).expanduser() if arguments.output_dir else Path("runs") / chain.name
     run(

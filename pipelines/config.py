@@ -55,15 +55,24 @@ class StageConfig:
 
     def problems(self) -> list[Problem]:
         """Combinations of fields that cannot be. Subclasses add theirs to ``super().problems()``."""
-        return [
+        given = sources(self)
+        empty = [name for name, value in {"output_dir": self.output_dir, **given}.items() if not value.strip()]
+        return [Problem(name, "", "is empty", "give a value, or leave the field out") for name in empty] + [
             Problem(name, value, "no such file or folder", "mend the path")
-            for name, value in sources(self).items()
-            if looks_local(value) and not Path(value).expanduser().exists()
+            for name, value in given.items()
+            if looks_local(value) and not _exists(value)
         ]
 
     def environment(self) -> dict[str, str]:
         """What outside the fields and the files they name decides the result (it enters the fingerprint)."""
         return {}
+
+
+def _exists(value: str) -> bool:
+    try:
+        return Path(value).expanduser().exists()
+    except (OSError, RuntimeError):  # too long, or the home of nobody
+        return False
 
 
 def looks_local(value: str) -> bool:
@@ -173,7 +182,9 @@ def override(cls: type, values: dict[str, Any], key: str, text: str) -> None:
         table = values.setdefault(name, {})
         if isinstance(table, dict):
             table[inner] = text
-            return
+        else:
+            values[key] = text  # there is no such key, which validation will say
+        return
     if info is not None and _takes_text_only(info.annotation):
         values[name] = None if text in ("null", "none", "None") and _takes_null(info.annotation) else text
         return

@@ -45,6 +45,7 @@ from pipelines.stage import (
 
 RUN_FILE = "run.json"
 _REFERENCE = re.compile(r"^\$\{([^}]*)\}(/.*)?$")
+_NAME = re.compile(r"\w[\w.-]*")
 _CHAIN_KEYS = ("name", "about", "defaults", "stages")
 
 
@@ -162,7 +163,15 @@ class Chain:
                 )
         if problems:
             raise UserError.of(problems)
-        chain = cls._build(str(values.get("name", path.stem)), str(values.get("about", "")), stages, defaults)
+        name = str(values.get("name", path.stem))
+        stages = {str(stage): table for stage, table in stages.items()}
+        mend = "write letters, digits, _, - and ."
+        for what, word in (("name", name), *(("stages", stage) for stage in stages)):
+            if not _NAME.fullmatch(word):
+                problems.append(Problem(what, word, "cannot be the name of a folder", mend))
+        if problems:
+            raise UserError.of(problems)
+        chain = cls._build(name, str(values.get("about", "")), stages, defaults)
         chain.source = str(source)
         return chain
 

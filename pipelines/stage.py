@@ -106,8 +106,17 @@ def fingerprint(function: Callable, config: Any) -> tuple[str, dict[str, str]]:
     """The digest that decides whether a stage must run again, and the identity of each of its inputs.
 
     It covers the function's name, every field that can change the result, the inputs' content and the versions.
+
+    Raises:
+        UserError: if an input cannot be read.
     """
-    inputs = {name: identity(value) for name, value in sources(config).items()}
+    inputs = {}
+    for name, value in sources(config).items():
+        try:
+            inputs[name] = identity(value)
+        except OSError as error:
+            problem = f"cannot be read ({error.strerror or error})"
+            raise UserError(name, value, problem, "give a readable file or folder") from error
     kept = {
         name: value
         for name, value in as_plain(config).items()
@@ -225,7 +234,8 @@ def _refuse_foreign(folder: Path, name: str) -> None:
     if not folder.is_dir():
         raise UserError("output_dir", folder, "is a file", "choose another output_dir")
     made = read_stage(folder)
-    if made is None and any(folder.iterdir()):
+    # A stage's folder whose stage.json was damaged is still a stage's: it is made again.
+    if made is None and any(folder.iterdir()) and not (folder / STAGE_FILE).is_file():
         raise UserError("output_dir", folder, "holds files that no stage made", "choose an empty or new folder")
     if made is not None and made["stage"] != name:
         raise UserError("output_dir", folder, f"holds the result of {made['stage']}", "choose another output_dir")

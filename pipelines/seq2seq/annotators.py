@@ -46,7 +46,7 @@ def _user_function(spec: str, field: str) -> Callable:
     except ModuleNotFoundError as error:
         mend = "start in the folder that holds it, or install it"
         raise UserError(field, spec, f"no module named {error.name!r} can be imported", mend) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         problem = f"importing {module_name} raised {type(error).__name__}: {error}"
         raise UserError(field, spec, problem, "mend that module") from error
     finally:
@@ -130,7 +130,7 @@ def load_annotator(spec: str, *, field: str = "annotator") -> Annotator:
             scores = function(list(documents), list(summaries), [list(several) for several in references])
         except UserError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             problem = f"it raised {type(error).__name__}: {error}"
             raise UserError(field, spec, problem, "mend that function") from error
         return checked_scores(scores, len(summaries), field, spec)

@@ -20,9 +20,9 @@ _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "spiece.model", "
 def _folder(path: str, field: str, mend: str) -> Path | None:
     """The local folder that ``path`` names; None where it is a hub id."""
     folder = Path(path).expanduser()
-    if folder.exists() and not folder.is_dir():
+    if folder.is_file():
         raise UserError(field, path, "is a file", mend)
-    return folder if folder.is_dir() else None
+    return folder if path.strip() and folder.is_dir() else None
 
 
 def read_model_config(path: str, field: str, mend: str) -> dict[str, Any] | None:
@@ -65,7 +65,11 @@ def check_model(path: str, field: str) -> None:
         UserError: as ``read_model_config``; also for a model of another kind.
     """
     found = read_model_config(path, field, "give a folder made by save_pretrained, or a hub id")
-    if found is None or found.get("is_encoder_decoder") is True:
+    if found is None:
+        return
+    if found.get("model_type") == REWARD_MODEL_TYPE:
+        raise UserError(field, path, "is a reward model, which writes nothing", "give the folder of a summarizer")
+    if found.get("is_encoder_decoder") is True:
         return
     from transformers import AutoConfig
 

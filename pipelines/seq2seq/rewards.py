@@ -82,12 +82,20 @@ def is_function(spec: str) -> bool:
     return ":" in spec and "/" not in spec and "\\" not in spec and not Path(spec).expanduser().exists()
 
 
+def _check_name(spec: str, field: str) -> None:
+    """Refuse a word that is neither a folder nor a function nor a hub's ``owner/name``."""
+    if "/" not in spec and not spec.startswith("${") and not Path(spec).expanduser().exists():
+        mend = "give a reward model's folder or owner/name, rouge, length, or module:function"
+        raise UserError(field, spec, "no such folder or reward function", mend)
+    check_reward_model(spec, field)
+
+
 def reward_problems(specs: Sequence[str], field: str = "reward") -> list[Problem]:
     """What is wrong with the reward functions that a configuration names, as far as nothing is loaded or called."""
     functions = [spec for spec in specs if is_function(spec)]
     folders = [spec for spec in specs if spec not in ("rouge", "length", *functions)]
     return [p for spec in functions for p in annotator_problems(spec, field)] + problems_of(
-        *(partial(check_reward_model, spec, field) for spec in folders)
+        *(partial(_check_name, spec, field) for spec in folders)
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from functools import partial
@@ -172,11 +173,21 @@ def optimizer_choice(config: TrainingConfig) -> tuple[type, dict[str, Any]] | No
 
 
 def checkpoint_marker() -> TrainerCallback:
-    """A callback that marks a checkpoint as whole once every process has written its part of it."""
+    """A callback that marks a checkpoint as whole once every process has written its part of it.
+
+    It also ends training with a UserError at the first loss that is not finite: nothing sound comes after it.
+    """
     from accelerate import PartialState
     from transformers import TrainerCallback
 
     class MarkWhole(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            for name in ("loss", "eval_loss"):
+                value = (logs or {}).get(name, 0.0)
+                if not math.isfinite(value):
+                    problem = f"the {name.replace('_', ' ')} became {value} by step {state.global_step}"
+                    raise UserError("learning_rate", args.learning_rate, problem, "lower it")
+
         def on_save(self, args, state, control, **kwargs):
             PartialState().wait_for_everyone()
             if state.is_world_process_zero:
@@ -210,7 +221,13 @@ def save_history(trainer: Trainer, config: StageConfig) -> list[dict[str, float]
     """Write ``log_history.json``: the trainer's log without what depends on the clock. Returns what was written."""
     history = [
         # sorted: entries that went through a checkpoint come back in another order of keys
-        {key: value for key, value in sorted(entry.items()) if not any(part in key for part in _TIME_DEPENDENT)}
+        {
+            key: value
+            for key, value in sorted(entry.items())
+            # In float16 a gradient overflows now and then, and JSON has no infinity.
+            if not any(part in key for part in _TIME_DEPENDENT)
+            and not (isinstance(value, float) and not math.isfinite(value))
+        }
         for entry in trainer.state.log_history
     ]
     history = [entry for entry in history if set(entry) - {"step", "epoch"}]

@@ -85,7 +85,7 @@ def run(request: dict) -> None:
             kill_at(*request["kill"])
         start(request["argv"])
     except SystemExit as ended:
-        code = ended.code or 0
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except BaseException:
         traceback.print_exc()
     finally:

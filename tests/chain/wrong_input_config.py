@@ -25,6 +25,33 @@ def key_that_no_stage_has(at: At) -> Wrong:
 
 
 @kind
+def key_inside_a_number(at: At) -> Wrong:
+    return Wrong(
+        at.chain("sft.learning_rate.x=1"), ["sft.learning_rate.x=1: unknown key; did you mean 'learning_rate'?"]
+    )
+
+
+@kind
+def nothing_as_input_and_output(at: At) -> Wrong:
+    tail = "is empty; give a value, or leave the field out"
+    argv = ["--recipe", "summarization/corpus", "output_dir=", "dataset="]
+    return Wrong(argv, [f"output_dir=: {tail}", f"dataset=: {tail}"])
+
+
+@kind
+def nothing_as_the_runs_folder(at: At) -> Wrong:
+    says = "--output_dir=: is empty; name a folder, or leave the option out"
+    return Wrong(["run", str(CHAIN), "--output_dir", ""], [says])
+
+
+@kind
+def names_that_leave_the_folder(at: At) -> Wrong:
+    file = at.write("climb.yaml", "name: ../mine\nstages:\n  a/b: {recipe: summarization/corpus}\n")
+    tail = "cannot be the name of a folder; write letters, digits, _, - and ."
+    return Wrong(["run", str(file)], [f"name=../mine: {tail}", f"stages=a/b: {tail}"])
+
+
+@kind
 def stage_that_the_chain_has_not(at: At) -> Wrong:
     return Wrong(at.chain("sfft.seed=1"), ["sfft.seed=1: no stage or field of this name; did you mean 'sft'?"])
 

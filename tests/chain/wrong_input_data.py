@@ -24,6 +24,13 @@ def folder_where_a_file_should_be(at: At) -> Wrong:
 
 
 @kind
+def file_that_may_not_be_read(at: At) -> Wrong:
+    # to root too: a memory that has no content at its beginning
+    says = "dataset=/proc/self/mem: cannot be read (Input/output error); give a readable file or folder"
+    return Wrong(at.corpus("/proc/self/mem"), [says])
+
+
+@kind
 def unknown_kind_of_file(at: At) -> Wrong:
     file = at.write("train.docx", "text")
     says = f"dataset={file}: unknown kind of file; give one of .jsonl, .json, .csv, .tsv, .parquet"

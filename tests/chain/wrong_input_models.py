@@ -127,6 +127,19 @@ def reward_model_with_another_tokenizer(at: At) -> Wrong:
 
 
 @kind
+def reward_model_as_a_policy(at: At) -> Wrong:
+    folder = at.run / "reward"
+    says = f"evaluate.systems.mine={folder}: is a reward model, which writes nothing; give the folder of a summarizer"
+    return Wrong(at.chain(f"evaluate.systems.mine={folder}"), [says])
+
+
+@kind
+def reward_misspelt(at: At) -> Wrong:
+    says = "ppo.reward=rogue: no such folder or reward function; give a reward model's folder or owner/name, rouge, …"
+    return Wrong(at.chain("ppo.reward=rogue"), [says])
+
+
+@kind
 def reward_that_is_no_reward_model(at: At) -> Wrong:
     folder = at.run / "sft"
     says = f"reward={folder}: is not a reward model (its model_type is 't5'); give the folder of a reward stage"
@@ -216,6 +229,14 @@ def annotator_of_the_wrong_length(at: At) -> Wrong:
 
 
 @kind
+def annotator_that_exits(at: At) -> Wrong:
+    name = at.judge("raise SystemExit(0)")
+    return Wrong(
+        preferences(at, f"annotator={name}"), [f"annotator={name}: it raised SystemExit: 0; mend that function"]
+    )
+
+
+@kind
 def annotator_that_ranks_nothing(at: At) -> Wrong:
     name = at.judge("return [0.5] * len(summaries)")
     says = "samples=4: of … train documents none has two samples of different score; raise samples or temperature, or …"
@@ -242,3 +263,24 @@ def config_of_a_model_that_is_not_json(at: At) -> Wrong:
     (folder / "config.json").write_text(json.dumps({"model_type": "t5"})[:-4])
     says = f"sft.model={folder}: its config.json is not valid JSON (…); give a folder made by save_pretrained, …"
     return Wrong(at.chain(f"sft.model={folder}"), [says])
+
+
+DIVERGED = "learning_rate=1e+30: the loss became nan by step …; lower it"
+TOO_FAST = ["learning_rate=1e30", "warmup_ratio=0", "max_grad_norm=0", "precision=fp32", "logging_steps=2"]
+
+
+@kind
+def learning_rate_at_which_fine_tuning_diverges(at: At) -> Wrong:
+    return Wrong(sft(at, f"model={at.run}/sft", "max_steps=6", *TOO_FAST), [DIVERGED])
+
+
+@kind
+def learning_rate_at_which_the_reward_model_diverges(at: At) -> Wrong:
+    words = [f"model={at.run}/sft", f"preferences={at.run}/preferences", "batch_size=8"]
+    return Wrong(at.recipe("reward", *words, *TOO_FAST), [DIVERGED])
+
+
+@kind
+def learning_rate_at_which_dpo_diverges(at: At) -> Wrong:
+    words = [f"model={at.run}/sft", f"preferences={at.run}/preferences", "batch_size=8"]
+    return Wrong(at.recipe("dpo", *words, *TOO_FAST), [DIVERGED])

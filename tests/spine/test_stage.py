@@ -130,6 +130,20 @@ def test_a_folder_that_is_not_ours_is_refused(tmp_path, kind):
     assert sorted(str(p) for p in tmp_path.rglob("*")) == before
 
 
+def test_a_stage_whose_record_was_damaged_is_made_again(tmp_path):
+    folder = tmp_path / "count"
+    execute(count, make(folder))
+    (folder / "stage.json").write_text("{")
+    assert execute(count, make(folder)) == {"count/length": 5}
+    assert read_stage(folder)["state"] == "finished"
+
+
+def test_an_input_that_cannot_be_read_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"data=/proc/self/mem: cannot be read"):
+        execute(count, make(tmp_path / "count", data="/proc/self/mem"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_parent_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=r"is a file"):
