@@ -10,6 +10,7 @@ import argparse
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pipelines.errors import UserError
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+_PATIENCE = 10.0  # seconds
 
 
 class Recipe:
@@ -136,9 +138,12 @@ def guarded(action: Callable[[], None]) -> int:
         action()
     except UserError as error:
         _close_bars()
-        if rank == 0:
-            for problem in error.problems:
-                print(f"error: {problem}", file=sys.stderr, flush=True)
+        if rank:
+            # What all processes find, the first one says, and the launcher ends the others at the first exit: so the
+            # others wait for that, and speak only if theirs was a mistake of their own.
+            time.sleep(_PATIENCE)
+        for problem in error.problems:
+            print(f"error: {problem}" + f" (process {rank})" * (rank > 0), file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         _close_bars()

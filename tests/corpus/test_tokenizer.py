@@ -6,11 +6,11 @@ import random
 import re
 import subprocess
 import sys
-import unicodedata
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers
 from transformers import AutoTokenizer, T5Config
 
 from pipelines.corpus.tokenizer import TokenizerConfig, tokenizer
@@ -94,7 +94,8 @@ def test_normalization_never_looks_across_white_space(text):
 @given(st.text(max_size=80))
 def test_joiners_can_always_be_taken_out(text):
     plain = normalizer(False).normalize_str(text)
-    expected = re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text)).strip()
+    # the library's NFKC, not Python's: they follow different versions of Unicode
+    expected = re.sub(r"\s+", " ", normalizers.NFKC().normalize_str(text)).strip()
     assert JOINER not in expected
     assert re.sub(f" ?{JOINER} ?", "", plain) == expected
 

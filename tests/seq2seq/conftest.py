@@ -47,22 +47,11 @@ def tiny_corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tmp_path_factory) -> Path:
-    """Folder of a Unigram tokenizer with T5's conventions: pad 0, eos 1, unk 2, and every word of ``tiny_corpus``."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
+    """Folder of the project's own kind of tokenizer, with every word of ``tiny_corpus``; the same in every process."""
+    from pipelines.corpus.unigram import train
 
-    special = ["<pad>", "</s>", "<unk>"]
-    core = Tokenizer(models.Unigram())
-    core.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    core.pre_tokenizer = pre_tokenizers.Metaspace()
-    core.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=special, unk_token="<unk>", show_progress=False)
     texts = [text for row in _rows(200, 1, "train") for text in (row["document"], row["summary"])]
-    core.train_from_iterator(texts, trainer)
-    core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
-    )
+    tokenizer = train(texts, 320, lowercase=True)
     folder = tmp_path_factory.mktemp("tiny_tokenizer")
     tokenizer.save_pretrained(str(folder))
     return folder
