@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerCallback
-from trl import DPOConfig
+from trl import DPOConfig, GRPOConfig
 
 from pipelines.seq2seq.dpo_trainer import EncoderDecoderDPOTrainer
 from pipelines.seq2seq.enumerable import World, all_lists, all_pairs, divergence, make_policy, make_tokenizer
+from pipelines.seq2seq.group_trainer import EncoderDecoderGRPOTrainer
 from pipelines.seq2seq.listwise_trainer import ListwiseDPOTrainer
 from pipelines.seq2seq.losses import dpo_loss
 from pipelines.seq2seq.ppo_arguments import PPOArguments
@@ -174,6 +176,44 @@ def train_ppo(
         kl_coefficient=problem.beta,
     )
     trainer = PPOTrainer(problem.policy(), arguments, sources, problem.tokenizer, _rewards(problem))
+    return _train(problem, trainer, points)
+
+
+def train_grpo(
+    problem: Problem,
+    folder: str | Path,
+    *,
+    rollouts: int,
+    samples: int,
+    rate: float,
+    epochs: int = 2,
+    kl_in: str = "reward",
+    points: int = 20,
+) -> list[list[float]]:
+    """GRPO without scaling by group deviations (which would weigh sources unequally); the rest as ``train_ppo``.
+
+    Args:
+        kl_in: with ``loss`` it ends at another point, see ``EncoderDecoderGRPOTrainer``.
+    """
+    sources = _sources(problem)
+    rows = {name: [source[name] for source in sources] for name in ("id", "input_ids", "references")}
+    arguments = GRPOConfig(
+        **_arguments(folder, learning_rate=rate, max_steps=rollouts * epochs),
+        per_device_train_batch_size=len(sources) * samples,
+        steps_per_generation=1,
+        num_generations=samples,
+        num_iterations=epochs,
+        max_completion_length=problem.world.length,
+        beta=problem.beta,
+        loss_type="dr_grpo",
+        scale_rewards="none",
+        gradient_checkpointing=False,
+        logging_steps=rollouts * epochs,
+    )
+    data = Dataset.from_dict(rows | {"prompt": [source["document"] for source in sources]})
+    trainer = EncoderDecoderGRPOTrainer(
+        problem.policy(), arguments, data, problem.tokenizer, _rewards(problem), kl_in=kl_in
+    )
     return _train(problem, trainer, points)
 
 

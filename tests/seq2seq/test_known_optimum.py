@@ -12,6 +12,7 @@ from pipelines.seq2seq.known_optimum import (
     regularized_reward_loss,
     train_dpo,
     train_exactly,
+    train_grpo,
     train_listwise,
     train_ppo,
 )
@@ -124,6 +125,11 @@ def test_listwise_dpo_finds_the_optimum(problem, tmp_path):
 
 def test_ppo_finds_the_optimum(problem, tmp_path):
     curve = train_ppo(problem, tmp_path, rollouts=50, samples=96, rate=5e-3, points=4)
+    assert curve[-1][1] < 0.05
+
+
+def test_grpo_finds_the_optimum(problem, tmp_path):
+    curve = train_grpo(problem, tmp_path, rollouts=50, samples=96, rate=5e-3, points=4)
     assert curve[-1][1] < 0.05
 
 
