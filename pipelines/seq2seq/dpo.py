@@ -10,7 +10,7 @@ from pydantic import Field
 from pipelines.config import INERT, Problem, Source, config
 from pipelines.corpus.fields import PreferenceFields
 from pipelines.errors import UserError
-from pipelines.seq2seq.lora import LoraFields, lora_settings
+from pipelines.seq2seq.lora import LoraFields, load_policy, lora_settings, merged
 from pipelines.seq2seq.models import model_problems
 from pipelines.seq2seq.training import LengthConfig, TrainingConfig
 
@@ -122,7 +122,7 @@ def dpo(config: DPOStageConfig) -> dict[str, float]:
     from pipelines.seq2seq.dpo_trainer import EncoderDecoderDPOTrainer, pair_log_probs
     from pipelines.seq2seq.losses import dpo_loss
     from pipelines.seq2seq.metrics import wins, with_interval
-    from pipelines.seq2seq.models import load_seq2seq, load_tokenizer
+    from pipelines.seq2seq.models import load_tokenizer
     from pipelines.seq2seq.training import (
         checkpoint_marker,
         global_batch,
@@ -131,14 +131,10 @@ def dpo(config: DPOStageConfig) -> dict[str, float]:
         save_history,
         training_arguments,
     )
-    from pipelines.seq2seq.view import as_view
 
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.model, field="model")
-    model = load_seq2seq(config.model)
-    if Path(config.model).expanduser().exists():
-        model.name_or_path = ""  # PEFT would write it into the adapter: a path of this machine, of no use elsewhere
-    as_view(model)
+    model = load_policy(config.model)
     texts = load_preferences(config)
     pairs, cut = {}, {}
     for split in ("train", "validation", "test"):
@@ -178,14 +174,10 @@ def dpo(config: DPOStageConfig) -> dict[str, float]:
     save_history(trainer, config)
 
     folder, main = Path(config.output_dir), PartialState().is_main_process
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if config.lora_r:
-        if main:
-            model.save_pretrained(folder / "adapter")
-        model = model.merge_and_unload()
+    model = merged(trainer.accelerator.unwrap_model(trainer.model), config, folder, save=main)
     device = next(model.parameters()).device
     chosen, rejected = pair_log_probs(model, pairs["test"], tokenizer, config.eval_batch_size)
-    reference = as_view(load_seq2seq(config.model)).to(device)
+    reference = load_policy(config.model).to(device)
     chosen_reference, rejected_reference = pair_log_probs(reference, pairs["test"], tokenizer, config.eval_batch_size)
     if not (np.isfinite(chosen).all() and np.isfinite(rejected).all()):
         raise UserError("learning_rate", config.learning_rate, "the policy gives NaN log-probabilities", "lower it")

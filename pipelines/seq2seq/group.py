@@ -9,7 +9,7 @@ from pydantic import Field
 
 from pipelines.config import INERT, config
 from pipelines.errors import Problem
-from pipelines.seq2seq.lora import lora_settings
+from pipelines.seq2seq.lora import load_policy, lora_settings, merged
 from pipelines.seq2seq.rollout_fields import RolloutFields
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _align(settings: GroupFields, name: str, fields: dict[str, Any], options: di
     from pipelines.seq2seq.annotators import load_annotator
     from pipelines.seq2seq.generation import check_lengths
     from pipelines.seq2seq.group_trainer import EncoderDecoderGRPOTrainer, EncoderDecoderRLOOTrainer
-    from pipelines.seq2seq.models import load_seq2seq, load_tokenizer
+    from pipelines.seq2seq.models import load_tokenizer
     from pipelines.seq2seq.rewards import load_rewards
     from pipelines.seq2seq.rollout_fields import check_processes, last_quarter, training_sources
     from pipelines.seq2seq.training import (
@@ -119,7 +119,6 @@ def _align(settings: GroupFields, name: str, fields: dict[str, Any], options: di
         save_history,
         training_arguments,
     )
-    from pipelines.seq2seq.view import as_view
 
     kinds = {
         "grpo": (GRPOConfig, EncoderDecoderGRPOTrainer),
@@ -130,9 +129,7 @@ def _align(settings: GroupFields, name: str, fields: dict[str, Any], options: di
     tokenizer = load_tokenizer(settings.model, field="model")
     rewards = load_rewards(settings.reward_specs, settings.reward_weights, tokenizer, batch_size=settings.batch_size)
     gold = load_annotator(settings.gold, field="gold") if settings.gold else None
-    policy = as_view(load_seq2seq(settings.model))
-    if Path(settings.model).expanduser().exists():
-        policy.name_or_path = ""  # PEFT would write it into the adapter: a path of this machine
+    policy = load_policy(settings.model)
     check_lengths(policy, settings)
     check_processes(settings, state.num_processes)
     sources, truncated = training_sources(settings, tokenizer)
@@ -152,7 +149,7 @@ def _align(settings: GroupFields, name: str, fields: dict[str, Any], options: di
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(settings))
     history = save_history(trainer, settings)
-    _save(trainer, Path(settings.output_dir), bool(settings.lora_r))
+    _save(trainer, settings)
     made = {f"{name}/rollouts": float(settings.rollouts), f"{name}/truncated_sources": truncated}
     return last_quarter(history, name) | made
 
@@ -173,14 +170,13 @@ def _arguments(settings: GroupFields, processes: int) -> dict[str, Any]:
     }
 
 
-def _save(trainer: Trainer, folder: Path, adapters: bool) -> None:
+def _save(trainer: Trainer, settings: GroupFields) -> None:
     from accelerate import PartialState
 
+    folder = Path(settings.output_dir)
+
     if PartialState().is_main_process:
-        policy = trainer.accelerator.unwrap_model(trainer.model)
-        if adapters:
-            policy.save_pretrained(folder / "adapter")
-            policy = policy.merge_and_unload()
+        policy = merged(trainer.accelerator.unwrap_model(trainer.model), settings, folder)
         policy.save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
     PartialState().wait_for_everyone()

@@ -1,12 +1,16 @@
-"""LoRA adapters: the fields that ask for them, and PEFT's settings made from those."""
+"""The policy of an alignment stage: loaded as a view, with LoRA adapters or without, merged when it is trained."""
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from pipelines.config import config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @config
@@ -30,3 +34,38 @@ def lora_settings(fields: LoraFields) -> Any:
     return LoraConfig(
         task_type="SEQ_2_SEQ_LM", r=fields.lora_r, lora_alpha=fields.lora_alpha, target_modules="all-linear"
     )
+
+
+def load_policy(path: str) -> PreTrainedModel:
+    """The model that a stage's field ``model`` names, as a view.
+
+    Args:
+        path: folder or hub id.
+
+    Raises:
+        UserError: not an encoder-decoder that can be loaded and viewed.
+    """
+    from pipelines.seq2seq.models import load_seq2seq
+    from pipelines.seq2seq.view import as_view
+
+    model = load_seq2seq(path)
+    if Path(path).expanduser().exists():
+        # PEFT would write it into the adapter: a path of this machine, of no use elsewhere
+        model.name_or_path = ""
+    return as_view(model)
+
+
+def merged(policy: Any, fields: LoraFields, folder: Path, *, save: bool = True) -> Any:
+    """A trained policy with its adapters, if it has any, merged into it.
+
+    Args:
+        policy: the unwrapped model.
+        fields: whether it has adapters.
+        folder: the adapters are also saved by themselves, under ``folder/adapter``.
+        save: whether this process saves them.
+    """
+    if not fields.lora_r:
+        return policy
+    if save:
+        policy.save_pretrained(folder / "adapter")
+    return policy.merge_and_unload()

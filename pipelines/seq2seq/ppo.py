@@ -12,13 +12,14 @@ from pipelines.config import INERT, Source, config
 from pipelines.corpus.fields import CorpusFields
 from pipelines.errors import Problem, UserError
 from pipelines.seq2seq.annotators import annotator_problems, annotator_sources
+from pipelines.seq2seq.lora import LoraFields, load_policy, lora_settings, merged
 from pipelines.seq2seq.models import model_problems
 from pipelines.seq2seq.rewards import is_function, reward_problems
 from pipelines.seq2seq.training import LengthConfig, TrainingConfig
 
 
 @config
-class PPOConfig(CorpusFields, LengthConfig, TrainingConfig):
+class PPOConfig(CorpusFields, LengthConfig, LoraFields, TrainingConfig):
     """Proximal policy optimization of an encoder-decoder against reward functions, with a KL pull to where it began."""
 
     output_dir: str = Field("runs/ppo", description="folder the stage writes into", json_schema_extra=INERT)
@@ -78,8 +79,6 @@ class PPOConfig(CorpusFields, LengthConfig, TrainingConfig):
     whiten_advantages: bool = Field(True, description="bring a rollout's advantages to mean 0 and variance 1")
     separate_critic: bool = Field(False, description="give the critic a trunk of its own instead of the policy's")
     train_encoder: bool = Field(True, description="false trains the decoder only: a step then costs much less")
-    lora_r: int = Field(0, ge=0, description="rank of LoRA adapters on all linear layers; 0 trains all parameters")
-    lora_alpha: float = Field(16.0, gt=0, description="scale of the adapters (their effect is lora_alpha / lora_r)")
     samples_kept: int = Field(4, ge=0, description="summaries of each rollout kept in samples.jsonl")
 
     @property
@@ -146,7 +145,7 @@ def ppo(config: PPOConfig) -> dict[str, float]:
     from pipelines.corpus import load_corpus
     from pipelines.seq2seq.annotators import load_annotator
     from pipelines.seq2seq.generation import check_lengths
-    from pipelines.seq2seq.models import load_seq2seq, load_tokenizer
+    from pipelines.seq2seq.models import load_tokenizer
     from pipelines.seq2seq.ppo_arguments import PPOArguments
     from pipelines.seq2seq.ppo_trainer import PPOTrainer
     from pipelines.seq2seq.rewards import load_rewards
@@ -158,19 +157,18 @@ def ppo(config: PPOConfig) -> dict[str, float]:
         tokenize_sources,
         training_arguments,
     )
-    from pipelines.seq2seq.view import as_view
 
     state = PartialState()
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.model, field="model")
     rewards = load_rewards(config.reward_specs, config.reward_weights, tokenizer, batch_size=config.batch_size)
     gold = load_annotator(config.gold, field="gold") if config.gold else None
-    policy = as_view(load_seq2seq(config.model))
+    policy = load_policy(config.model)
     check_lengths(policy, config)
     if config.lora_r:
-        if Path(config.model).expanduser().exists():
-            policy.name_or_path = ""  # PEFT would write it into the adapter: a path of this machine
-        policy = _with_adapters(policy, config)
+        from peft import get_peft_model
+
+        policy = get_peft_model(policy, lora_settings(config))
     train = load_corpus(config)["train"]
     if len(train) < config.sources_per_rollout:
         problem = f"a rollout takes {config.sources_per_rollout} documents"
@@ -205,10 +203,7 @@ def ppo(config: PPOConfig) -> dict[str, float]:
     trainer.train(resume_from_checkpoint=last_checkpoint(config))
     history = [entry for entry in save_history(trainer, config) if "objective/kl" in entry]
     if state.is_main_process:
-        policy = trainer.model.policy
-        if config.lora_r:
-            policy.save_pretrained(folder / "adapter")
-            policy = policy.merge_and_unload()
+        policy = merged(trainer.model.policy, config, folder)
         policy.save_pretrained(folder)
         trainer.model.save_critic(folder)
         tokenizer.save_pretrained(folder)
@@ -246,13 +241,3 @@ def _check_processes(config: PPOConfig, processes: int) -> None:
     if config.mini_batch_size % factor:
         mend = f"give a multiple of samples_per_source × gradient_accumulation × processes = {factor}"
         raise UserError("mini_batch_size", config.mini_batch_size, "cannot be shared out", mend)
-
-
-def _with_adapters(policy: Any, config: PPOConfig) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    # all-linear leaves the output head out: with it off, the reference's head is the policy's.
-    targets = LoraConfig(
-        task_type="SEQ_2_SEQ_LM", r=config.lora_r, lora_alpha=config.lora_alpha, target_modules="all-linear"
-    )
-    return get_peft_model(policy, targets)
