@@ -113,11 +113,34 @@ def pairs_of(
     return pairs, len(candidates) - len(kept)
 
 
+def ranking_of(
+    samples: Sequence[str], scores: Sequence[float], *, tie_margin: float = 0.0
+) -> tuple[list[str], list[int]]:
+    """The samples of one document as a ranked list; equal texts, empty ones and ties are left out.
+
+    Args:
+        samples: K texts.
+        scores: K scores.
+        tie_margin: a sample whose score is no more than this below the last one kept is left out.
+
+    Returns:
+        The texts kept, in the order in which they were drawn, and their numbers from best to worst.
+    """
+    distinct = {text: score for text, score in zip(samples, scores, strict=True) if text.strip()}
+    kept: list[str] = []
+    for text in sorted(distinct, key=lambda text: (-distinct[text], text)):
+        if not kept or distinct[kept[-1]] - distinct[text] > tie_margin:
+            kept.append(text)
+    completions = [text for text in distinct if text in kept]
+    return completions, [completions.index(text) for text in kept]
+
+
 def preferences(config: PreferencesConfig) -> dict[str, float]:
     """Make preference pairs and save them.
 
     Writes a ``DatasetDict`` (train, validation, test; columns id, prompt, chosen, rejected, chosen_score,
-    rejected_score, margin) and, where a policy was sampled, ``samples.jsonl`` with every sample and its score.
+    rejected_score, margin) and, where a policy was sampled, ``samples.jsonl`` with every sample and its score, and
+    under ``rankings`` a ``DatasetDict`` of whole rankings (id, prompt, completions, ranking) for listwise DPO.
 
     Returns:
         ``preferences/train_pairs``, ``…/validation_pairs``, ``…/test_pairs``, ``preferences/mean_margin`` (training
@@ -131,25 +154,27 @@ def preferences(config: PreferencesConfig) -> dict[str, float]:
     """
     from accelerate import PartialState
 
-    found, metrics = _human(config) if config.preferences_file is not None else _sampled(config)
+    found, rankings, metrics = _human(config) if config.preferences_file is not None else _sampled(config)
     if PartialState().is_main_process:
         found.save_to_disk(config.output_dir)
+        if rankings is not None:
+            rankings.save_to_disk(str(Path(config.output_dir) / "rankings"))
     PartialState().wait_for_everyone()
     margins = found["train"]["margin"]
     counts = {f"preferences/{split}_pairs": float(len(found[split])) for split in SPLITS}
     return counts | {"preferences/mean_margin": sum(margins) / len(margins)} | metrics
 
 
-def _human(settings: PreferencesConfig) -> tuple[Any, dict[str, float]]:
+def _human(settings: PreferencesConfig) -> tuple[Any, None, dict[str, float]]:
     from pipelines.corpus import load_preferences
     from pipelines.corpus.fields import PreferenceFields, SplitFields
 
     shared = {name: getattr(settings, name) for name in SplitFields.__pydantic_fields__}
     fields = PreferenceFields(preferences=settings.preferences_file, **shared)
-    return load_preferences(fields, field="preferences_file"), {}
+    return load_preferences(fields, field="preferences_file"), None, {}
 
 
-def _sampled(settings: PreferencesConfig) -> tuple[Any, dict[str, float]]:
+def _sampled(settings: PreferencesConfig) -> tuple[Any, Any, dict[str, float]]:
     from accelerate import PartialState
 
     from pipelines.corpus import load_corpus
@@ -187,6 +212,7 @@ def _sampled(settings: PreferencesConfig) -> tuple[Any, dict[str, float]]:
         return [[texts, scores[i * count : (i + 1) * count]] for i, texts in enumerate(samples)]
 
     pairs: dict[str, list[dict[str, Any]]] = {}
+    rankings: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     candidates = ties = empty = total = 0
     lines = []
     for split in SPLITS:
@@ -198,6 +224,10 @@ def _sampled(settings: PreferencesConfig) -> tuple[Any, dict[str, float]]:
                 row["id"], texts, scores, which=settings.pairs, tie_margin=settings.tie_margin, seed=settings.seed
             )
             pairs[split].extend({"id": pair["id"], "prompt": row["document"], **pair} for pair in kept)
+            completions, ranking = ranking_of(texts, scores, tie_margin=settings.tie_margin)
+            if len(ranking) > 1:
+                listed = {"prompt": row["document"], "completions": completions, "ranking": ranking}
+                rankings[split].append({"id": row["id"], **listed})
             ties, candidates = ties + dropped, candidates + dropped + len(kept)
             empty, total = empty + sum(not text for text in texts), total + len(texts)
             lines.append({"id": row["id"], "split": split, "samples": texts, "scores": scores})
@@ -218,7 +248,7 @@ def _sampled(settings: PreferencesConfig) -> tuple[Any, dict[str, float]]:
     metrics["preferences/truncated_documents"] = cut / len(documents)
     metrics |= with_interval("preferences/gold_mean", [sum(s) / len(s) for s in of_test], seed=settings.seed)
     metrics |= with_interval("preferences/gold_best_of_n", [max(s) for s in of_test], seed=settings.seed)
-    return as_datasets(pairs), metrics
+    return as_datasets(pairs), as_datasets(rankings), metrics
 
 
 def _shards(settings: PreferencesConfig, split: str, rows: list, work: Any) -> list:

@@ -9,7 +9,7 @@ import pytest
 
 from pipelines.config import validate
 from pipelines.errors import UserError
-from pipelines.seq2seq.preferences import PreferencesConfig, pairs_of, preferences
+from pipelines.seq2seq.preferences import PreferencesConfig, pairs_of, preferences, ranking_of
 
 
 def _config(output, corpus, model, **changes) -> PreferencesConfig:
@@ -57,6 +57,28 @@ def test_random_pairs_are_ordered_and_cover_all():
     assert pairs_of("d", samples, scores, which="random", seed=1) == pairs_of(
         "d", samples, scores, which="random", seed=1
     )
+
+
+def test_a_ranking_leaves_ties_equal_and_empty_texts_out():
+    texts, scores = ["a", "b", "", "c", "b", "d"], [1.0, 3.0, 9.0, 2.9, 3.0, 2.0]
+    assert ranking_of(texts, scores) == (["a", "b", "c", "d"], [1, 2, 3, 0])
+    assert ranking_of(texts, scores, tie_margin=0.5) == (["a", "b", "d"], [1, 2, 0])
+    assert ranking_of(["a", "b"], [1.0, 1.0]) == (["a"], [0])
+
+
+def test_saved_rankings_agree_with_the_scores(tmp_path, tiny_corpus, tiny_t5):
+    from pipelines.corpus import RankingFields, load_rankings
+
+    preferences(_config(tmp_path, tiny_corpus, tiny_t5, samples=4))
+    lines = map(json.loads, (tmp_path / "samples.jsonl").read_text().splitlines())
+    scores = {(line["id"], t): s for line in lines for t, s in zip(line["samples"], line["scores"], strict=True)}
+    found = load_rankings(RankingFields(rankings=str(tmp_path / "rankings")))
+    assert {len(row["ranking"]) for row in found["train"]} > {2}
+    for split in found.values():
+        for row in split:
+            ranked = [scores[row["id"], row["completions"][number]] for number in row["ranking"]]
+            assert ranked == sorted(set(ranked), reverse=True)
+            assert len(ranked) == len(row["completions"])
 
 
 def test_stage_saves_pairs_that_its_readers_take(tmp_path, tiny_corpus, tiny_t5):

@@ -4,6 +4,7 @@ Each is a function ``(run) -> Section | None`` in a file of its own; a family ad
 """
 
 from pipelines.reporting.page import SectionWriter
+from pipelines.reporting.sections.best_of_n import best_of_n
 from pipelines.reporting.sections.curves import learning_curves
 from pipelines.reporting.sections.data import data
 from pipelines.reporting.sections.examples import examples
@@ -11,4 +12,4 @@ from pipelines.reporting.sections.ppo import ppo
 from pipelines.reporting.sections.results import results
 from pipelines.reporting.sections.reward import reward_model
 
-SECTIONS: tuple[SectionWriter, ...] = (results, examples, ppo, reward_model, learning_curves, data)
+SECTIONS: tuple[SectionWriter, ...] = (results, examples, ppo, best_of_n, reward_model, learning_curves, data)
