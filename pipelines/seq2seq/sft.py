@@ -191,7 +191,6 @@ def sft(config: SFTConfig) -> dict[str, float]:
         load_best_model_at_end=config.keep == "best",
         metric_for_best_model="eval_loss",
         greater_is_better=False,
-        prediction_loss_only=True,
         remove_unused_columns=False,
     )
     trainer = SFTTrainer(

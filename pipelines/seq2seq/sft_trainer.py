@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, Seq2SeqTrainer
+from transformers import EvalPrediction, PreTrainedTokenizerBase, Seq2SeqTrainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from pipelines.seq2seq.training import LengthConfig, tokenize_sources, tokenize_targets
@@ -167,27 +169,44 @@ class ExampleSchedule(Dataset):
         return self.pairs.item(index, [*source[max(0, start) :][: self.copy_length], self.end])
 
 
+def _nats_a_token(prediction: EvalPrediction) -> dict[str, float]:
+    nats, tokens = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
+    return {"eval_loss": float(nats / tokens)}
+
+
 class SFTTrainer(Seq2SeqTrainer):
     """``Seq2SeqTrainer`` whose evaluation loss is plain nats a token, whatever the batches and the label smoothing."""
 
     schedule: ExampleSchedule
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        smoother = self.label_smoother
-        if not model.training:
-            self.label_smoother = None
-        try:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        finally:
-            self.label_smoother = smoother
+    def __init__(self, *args: Any, **kwargs: Any):
+        # T5, BART and others take the number of tokens in a step, so the Trainer believes, and average over their own
+        # part of the batch all the same: a step of several devices or parts would be several times too long.
+        super().__init__(*args, compute_loss_func=self._mean_loss, compute_metrics=_nats_a_token, **kwargs)
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **kwargs):
-        loss, *rest = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **kwargs)
-        # The loop gives every batch the same weight, a short last one too; scaled so, its average is the sum of nats
-        # over the sum of tokens. (Of several processes the last ones may see a few examples twice.)
-        batches = len(self.callback_handler.eval_dataloader) * self.args.world_size
-        tokens = (inputs["labels"] != -100).sum()
-        return (loss * tokens.to(loss.device) * batches / self.eval_dataset.targets.lengths.sum(), *rest)
+    def _mean_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Label-smoothed cross-entropy over the tokens of the whole step, nats a token."""
+        logits, smoothing = outputs["logits"].float(), self.args.label_smoothing_factor
+        flat = logits.view(-1, logits.shape[-1]), labels.reshape(-1)
+        total = F.cross_entropy(*flat, reduction="sum", label_smoothing=smoothing)
+        return total / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+    @torch.no_grad()
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None, **_: Any
+    ) -> tuple[None, Tensor, Tensor]:
+        """Nats and tokens of each example, (B, 2), instead of a loss.
+
+        The loop gives every batch the same weight, and processes that run short see examples twice: of what belongs to
+        examples it drops those again.
+        """
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs["labels"]
+        with self.compute_loss_context_manager():
+            logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
+        nats = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none").sum(1)
+        found = torch.stack([nats, (labels != -100).sum(1).float()], dim=1)
+        return None, found, torch.ones(len(found), device=found.device)
 
     def log(self, logs, *args, **kwargs):
         # The whole run is one epoch to the Trainer (see ExampleSchedule); readers want passes over the data.

@@ -81,6 +81,29 @@ def test_eval_loss_is_nats_a_token(tmp_path, tiny_corpus, tiny_t5):
     assert metrics["sft/eval_loss"] == pytest.approx(total / tokens, rel=1e-5)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_step_in_parts_is_the_same_step(tmp_path, tiny_corpus, tiny_t5, smoothing):
+    """Parts of unlike numbers of tokens: the loss is a mean over the step's tokens, not a mean or sum of means."""
+    changes = {"max_steps": 4, "logging_steps": 1, "max_grad_norm": 0.0, "optimizer": "adamw", "learning_rate": 1e-4}
+    changes |= {"model": _without_dropout(tiny_t5, tmp_path / "model"), "label_smoothing": smoothing}
+    whole = sft(_config(tmp_path / "whole", tiny_corpus, **changes))
+    parts = sft(_config(tmp_path / "parts", tiny_corpus, batch_size=4, gradient_accumulation=4, **changes))
+    assert whole == pytest.approx(parts, rel=1e-5)
+    logs = [json.loads((tmp_path / name / "log_history.json").read_text()) for name in ("whole", "parts")]
+    for first, second in zip(*logs, strict=True):
+        assert first == pytest.approx(second, rel=1e-4)
+    first, second = _weights(tmp_path / "whole"), _weights(tmp_path / "parts")
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=1e-6)
+
+
+def _without_dropout(source: Path, folder: Path) -> str:
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dropout_rate": 0.0}))
+    return str(folder)
+
+
 @pytest.mark.parametrize("stop", [4, 8])
 def test_resume_is_exact_in_both_phases(tmp_path, monkeypatch, tiny_corpus, tiny_tokenizer, stop):
     """Six copy steps, then eight on summaries; the first run is cut off in one phase or the other."""
