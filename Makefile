@@ -28,9 +28,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: PYTHON=$(PYTHON): older than 3.11; give PYTHON=python3.11"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing pinned packages into $(VENV) (once, 1 to 3 minutes) …"
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[images,dev]'
-	@touch $@
+	@start=$$(date +%s) && \
+	    $(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0 && \
+	    $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[images,dev]' && \
+	    echo $$(( $$(date +%s) - start )) > $@
 
 demo: $(STAMP) ## corpus -> tokenizer -> SFT -> preferences -> reward model -> PPO -> DPO -> evaluation -> report
 	@$(BIN)/genalign run demo $(ARGS)
@@ -58,8 +59,7 @@ bench: $(STAMP) ## side-by-side timings, written to benchmarks/results
 	@for file in benchmarks/*.py; do echo "== $$file"; HF_HUB_OFFLINE=1 $(BIN)/python $$file || exit 1; done
 
 results: $(STAMP) ## copy the demo's metrics to docs/results and rewrite the README's table from them
-	@mkdir -p docs/results && cp $(RUN)/metrics.json docs/results/demo.json
-	@$(BIN)/python -m pipelines.reporting.readme docs/results/demo.json README.md
+	@$(BIN)/python -m pipelines.reporting.readme docs/results/demo.json README.md --run $(RUN)
 
 clean: ## remove runs and caches, keep .venv
 	rm -rf runs .pytest_cache .ruff_cache .hypothesis build dist

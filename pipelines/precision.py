@@ -18,7 +18,8 @@ from pipelines.cache import cache_folder
 _MINIMAL_GAIN = 1.2
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of this machine's processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -48,7 +49,7 @@ def cpu_bf16_gain(force: bool = False) -> float:
     import torch
 
     file = cache_folder() / "precision.json"
-    key = f"{_processor()} / torch {torch.__version__}"
+    key = f"{processor()} / torch {torch.__version__}"
     known: dict[str, float] = {}
     if file.exists():
         try:

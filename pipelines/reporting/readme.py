@@ -1,26 +1,63 @@
 """Rewrites the results table of a README from a metrics file, so that no figure in it is typed by hand.
 
-    python -m pipelines.reporting.readme docs/results/demo.json README.md [--check]
+    python -m pipelines.reporting.readme docs/results/demo.json README.md [--check | --run runs/demo]
 
-The table stands between the lines ``<!-- results:begin -->`` and ``<!-- results:end -->``.
+The table stands between the lines ``<!-- results:begin -->`` and ``<!-- results:end -->``. With ``--run`` the metrics
+file is taken from a run first, and ``*_run.json`` beside it notes how the run generated its summaries, how long each
+stage took, and where.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pipelines.errors import UserError
-from pipelines.reporting.metrics import format_mean, read_metrics, write_text
+from pipelines.precision import processor
+from pipelines.reporting.metrics import format_mean, read_metrics, write_metrics, write_text
+from pipelines.reporting.run import read_run
 from pipelines.reporting.tables import README_MEASURES, markdown_table, results_table
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
-def results_block(metrics: Mapping[str, float]) -> str:
-    """The Markdown between the marks: the table of systems and the reward model's accuracy.
+def facts_of(run_dir: Path, stamp: Path) -> dict[str, Any]:
+    """How a run generated its summaries, and the seconds of its stages and of the installation, and the machine.
+
+    Args:
+        run_dir: a run's folder.
+        stamp: the file that ``make install`` leaves.
+    """
+    seconds = {}
+    if stamp.is_file() and stamp.read_text(encoding="utf-8").strip().isdigit():
+        seconds["installation"] = float(stamp.read_text(encoding="utf-8"))
+    run = read_run(run_dir)
+    seconds |= {stage.name: stage.record["duration_seconds"] for stage in run.stages if stage.finished}
+    generation: dict[str, Any] = {}
+    for stage in run.of_kind("evaluate"):
+        generation |= stage.json("settings.json") or {}
+    return {"generation": generation, "seconds": seconds, "processor": processor(), "cores": os.cpu_count()}
+
+
+def facts_lines(facts: Mapping[str, Any]) -> list[str]:
+    """The generation settings (of each system, where they differ) and the minutes of each stage, a sentence each."""
+    by_settings: dict[str, list[str]] = {}
+    for name, settings in facts["generation"].items():
+        shown = ", ".join(f"{key} {json.dumps(value)}" for key, value in settings.items())
+        by_settings.setdefault(shown, []).append(name)
+    lines = [f"Generation of {', '.join(names)}: {shown}.\n" for shown, names in by_settings.items()]
+    parts = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in facts["seconds"].items())
+    total, where = sum(facts["seconds"].values()) / 60, f"{facts['cores']} cores ({facts['processor']})"
+    return [*lines, f"What it took, in minutes, on {where}: {total:.1f} in all; {parts}.\n"]
+
+
+def results_block(metrics: Mapping[str, float], facts: Mapping[str, Any] | None = None) -> str:
+    """The Markdown between the marks: the table of systems, the reward model's accuracy, and the facts of the run.
 
     Raises:
         UserError: if no system was measured.
@@ -40,10 +77,14 @@ def results_block(metrics: Mapping[str, float]) -> str:
         "In brackets: 95 % bootstrap intervals. Gold win rate: share of documents on which the judge (which sees the\n"
         "reference) prefers the system to SFT, a tie counting half. KL: from SFT, over whole sequences.\n"
     )
+    if facts is not None:
+        lines.extend(facts_lines(facts))
     return "\n".join(lines)
 
 
-def updated(readme: str, metrics: Mapping[str, float], name: str = "README.md") -> str:
+def updated(
+    readme: str, metrics: Mapping[str, float], name: str = "README.md", facts: Mapping[str, Any] | None = None
+) -> str:
     """The README's text with its block rewritten.
 
     Raises:
@@ -56,7 +97,7 @@ def updated(readme: str, metrics: Mapping[str, float], name: str = "README.md") 
     if END not in rest:
         raise UserError("README", name, f"{END} stands before {BEGIN}", "put them in order")
     after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n\n{results_block(metrics)}\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{results_block(metrics, facts)}\n{END}{after}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -65,16 +106,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("metrics", type=Path, help="a metrics.json")
     parser.add_argument("readme", type=Path, help="the README with the two marks")
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 when the table is stale")
+    parser.add_argument(
+        "--run", type=Path, metavar="DIR", help="first take the metrics, settings and times of this run"
+    )
     options = parser.parse_args(arguments)
+    facts_file = options.metrics.with_name(f"{options.metrics.stem}_run.json")
     try:
+        if options.run is not None:
+            options.metrics.parent.mkdir(parents=True, exist_ok=True)
+            write_metrics(options.metrics, read_metrics(options.run / "metrics.json"))
+            write_text(facts_file, json.dumps(facts_of(options.run, Path(".venv/.installed")), indent=1) + "\n")
         metrics = read_metrics(options.metrics)
+        facts = json.loads(facts_file.read_text(encoding="utf-8")) if facts_file.is_file() else None
         try:
             old = options.readme.read_text(encoding="utf-8")
         except OSError as error:
             raise UserError(
                 "README", str(options.readme), f"cannot be read ({error.strerror})", "check the path"
             ) from None
-        new = updated(old, metrics, str(options.readme))
+        new = updated(old, metrics, str(options.readme), facts)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

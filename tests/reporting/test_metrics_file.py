@@ -220,3 +220,29 @@ def test_metrics_without_results_and_missing_files(tmp_path: Path, capsys: pytes
     assert readme.main([str(tmp_path / "m.json"), str(tmp_path / "none.md")]) == 2
     assert readme.main([str(tmp_path / "none.json"), str(tmp_path / "README.md")]) == 2
     assert capsys.readouterr().err.count("\n") == 3
+
+
+def test_settings_and_times_of_a_run_stand_under_the_table(
+    tmp_path: Path, files: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_dir = tmp_path / "run"
+    for stage, seconds in (("sft", 120.0), ("evaluate", 60.0)):
+        record = {"stage": stage, "recipe": stage, "state": "finished", "fingerprint": "0", "duration_seconds": seconds}
+        (run_dir / stage).mkdir(parents=True)
+        (run_dir / stage / "stage.json").write_text(json.dumps(record))
+    settings = {"sft": {"num_beams": 1}, "ppo": {"num_beams": 1}, "dpo": {"num_beams": 4}}
+    (run_dir / "evaluate" / "settings.json").write_text(json.dumps(settings))
+    (run_dir / "run.json").write_text(json.dumps({"name": "demo", "stages": ["sft", "evaluate"]}))
+    (run_dir / "metrics.json").write_text(Path(files[0]).read_text())
+    (tmp_path / "stamp").write_text("90\n")
+    facts = readme.facts_of(run_dir, tmp_path / "stamp")
+    assert facts["seconds"] == {"installation": 90.0, "sft": 120.0, "evaluate": 60.0}
+    assert readme.facts_lines(facts)[:2] == [
+        "Generation of sft, ppo: num_beams 1.\n",
+        "Generation of dpo: num_beams 4.\n",
+    ]
+    assert "4.5 in all; installation 1.5, sft 2.0, evaluate 1.0." in readme.facts_lines(facts)[2]
+    assert readme.main([*files, "--run", str(run_dir)]) == 0
+    assert "3.0 in all; sft 2.0, evaluate 1.0." in Path(files[1]).read_text()
+    assert readme.main([*files, "--check"]) == 0
