@@ -32,6 +32,7 @@ from pipelines.seq2seq.collators import (
     tokenize_pairs,
 )
 from pipelines.seq2seq.losses import sequence_sum
+from pipelines.seq2seq.shared_attention import can_share
 from pipelines.seq2seq.training import LengthConfig
 from pipelines.seq2seq.view import (
     as_view,
@@ -103,6 +104,8 @@ class EncoderDecoderDPOTrainer(GroupedByLength, DPOTrainer):
             silence_dropout(model)
             if ref_model is not None:
                 silence_dropout(ref_model)
+        for each in filter(None, (model, ref_model)):
+            can_share(each)  # found out here, where parameters are not in shards yet
         args.max_length = None
         inner, pad_id = unwrap(model), processing_class.pad_token_id
         self._text = collate_sources is None and inner.main_input_name == "input_ids"

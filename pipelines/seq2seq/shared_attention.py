@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from pipelines.seq2seq.view import Order, decode, projected, run_decoder, unwrap
+from pipelines.seq2seq.view import Order, decode, in_shards, projected, run_decoder, unwrap
 
 _NAME = "genalign_shared_sources"
 _ORDER: ContextVar[Order] = ContextVar("order", default="source-major")
@@ -87,11 +87,13 @@ def shared_sources(model: Any, order: Order = "source-major") -> Iterator[None]:
 
 def can_share(model: Any) -> bool:
     """Whether the decoder takes shared sources: it uses SDPA, recomputes no activations, and gives the same states."""
-    inner = unwrap(model)
+    inner = unwrap(model).base_model
     decoder = inner.get_decoder()
     if any(getattr(module, "gradient_checkpointing", False) and module.training for module in decoder.modules()):
         return False  # the backward pass would run the forward again, outside `shared_sources`
     if "_shares_sources" not in inner.__dict__:
+        if in_shards(inner):
+            return False  # only the sharded model's own forward may touch its parameters
         inner.__dict__["_shares_sources"] = decoder.config._attn_implementation == "sdpa" and _agrees(inner)
     return inner.__dict__["_shares_sources"]
 
@@ -127,11 +129,20 @@ def _agrees(model: Any) -> bool:
 
 
 def decode_shared(
-    model: Any, encoder_states: Tensor, source_mask: Tensor | None, decoder_input_ids: Tensor, *, order: Order
+    model: Any,
+    encoder_states: Tensor,
+    source_mask: Tensor | None,
+    decoder_input_ids: Tensor,
+    decoder_mask: Tensor | None = None,
+    *,
+    order: Order | Tensor | None,
 ) -> Tensor:
-    """``view.decode`` without copies of the sources where the model can do it: same arguments, same states."""
-    rows = len(decoder_input_ids)
-    if rows == len(encoder_states) or not can_share(model):
-        return decode(model, encoder_states, source_mask, decoder_input_ids, order=order)
+    """``view.decode`` without copies of the sources where the model can do it: same arguments, same states.
+
+    Sources with unequal numbers of rows (``order`` a tensor) are copied.
+    """
+    rows, sources = len(decoder_input_ids), len(encoder_states)
+    if rows == sources or rows % sources or not isinstance(order, str) or not can_share(model):
+        return decode(model, encoder_states, source_mask, decoder_input_ids, decoder_mask, order=order)
     with shared_sources(model, order):
-        return run_decoder(unwrap(model), encoder_states, source_mask, decoder_input_ids, None)
+        return run_decoder(unwrap(model), encoder_states, source_mask, decoder_input_ids, decoder_mask)

@@ -70,6 +70,8 @@ class EncoderDecoderView:
 
 
 def _scoring_forward(plain_class: type[PreTrainedModel]) -> Any:
+    from pipelines.seq2seq.shared_attention import decode_shared  # it is made of what stands here
+
     plain_forward = plain_class.forward
 
     # The signature stays the plain one: `generate` and the Trainer validate their arguments against it.
@@ -85,12 +87,8 @@ def _scoring_forward(plain_class: type[PreTrainedModel]) -> Any:
         order = side.pop("rows", "sample-major")
         states = run_encoder(self, side)
         decoder_input_ids = kwargs["input_ids"]
-        result = run_decoder(
-            self,
-            spread_rows(states, len(decoder_input_ids), order),
-            spread_rows(side.get("attention_mask"), len(decoder_input_ids), order),
-            decoder_input_ids,
-            kwargs.get("attention_mask"),
+        result = decode_shared(
+            self, states, side.get("attention_mask"), decoder_input_ids, kwargs.get("attention_mask"), order=order
         )
         self.__dict__["_view_scored"] = True
         return Seq2SeqModelOutput(last_hidden_state=result, encoder_last_hidden_state=states)
@@ -471,10 +469,9 @@ def sequence_log_probs(
     return found if back is None else found.gather(1, back)
 
 
-def in_shards(model: PreTrainedModel) -> bool:
+def in_shards(model: nn.Module) -> bool:
     """Whether the parameters are in shards (ZeRO-3, FSDP), which only the sharded model's own forward may touch."""
-    weight = model.get_output_embeddings().weight
-    return weight.numel() == 0 or isinstance(weight, torch.distributed.tensor.DTensor)
+    return any(p.numel() == 0 or isinstance(p, torch.distributed.tensor.DTensor) for p in model.parameters())
 
 
 @torch.no_grad()
