@@ -12,13 +12,17 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 STAGES := corpus tokenizer sft preferences reward ppo dpo evaluate
+METHODS := listwise grpo rloo best_of_n
+CHAINS := scitldr xsum_t5_small cnn_flan_t5_base
 
-.PHONY: help install demo test test-slow lint format bench report results clean $(STAGES)
+.PHONY: help install demo methods test test-slow lint format bench report results clean $(STAGES) $(METHODS) $(CHAINS)
 .DEFAULT_GOAL := help
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 	@echo "  make STAGE        bring one stage of the chain $(CHAIN) up to date: $(STAGES)"
+	@echo "  make METHOD       one of $(METHODS), on the demo's models"
+	@echo "  make CHAIN        one of $(CHAINS)"
 	@echo "  variables: CHAIN=$(CHAIN) RUN=$(RUN) ARGS='stage.key=value …' PYTHON=$(PYTHON)"
 
 install: $(STAMP) ## make .venv with every pinned package and genalign in it
@@ -38,6 +42,15 @@ demo: $(STAMP) ## corpus -> tokenizer -> SFT -> preferences -> reward model -> P
 
 $(STAGES): $(STAMP)
 	@$(BIN)/genalign run $(CHAIN) --output_dir $(RUN) --until $@ $(ARGS)
+
+methods: demo ## listwise DPO, GRPO, RLOO and best-of-n beside the demo's PPO and DPO
+	@$(BIN)/genalign run methods $(ARGS)
+
+$(METHODS): demo
+	@$(BIN)/genalign run methods --until $@ $(ARGS)
+
+$(CHAINS): $(STAMP)
+	@$(BIN)/genalign run $@ $(ARGS)
 
 report: $(STAMP) ## write $(RUN)/report.html anew
 	@$(BIN)/genalign report $(RUN)

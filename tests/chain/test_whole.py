@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 from tests.chain.conftest import CHAIN
 
@@ -67,3 +68,20 @@ def test_own_preferences_train_a_reward_model(genalign, uninterrupted, tmp_path)
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["preferences/train_pairs"] == 32
     assert metrics["reward/train_accuracy"] > 0.9
+
+
+def test_the_other_methods_run_on_what_a_demo_left(genalign, uninterrupted, root, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "runs" / "demo")
+    small = "max_source_length=40 max_target_length=12 precision=fp32 batch_size=8 logging_steps=2 save_steps=4 "
+    small += "rollouts=2 sources_per_rollout=8 samples_per_source=2 mini_batch_size=8 listwise.max_steps=4 "
+    small += "best_of_n.samples=4 evaluate.resamples=200"
+    code, _, errors = genalign.answer("run", "methods", *small.split(), cwd=tmp_path)
+    assert code == 0, errors
+    metrics = json.loads((tmp_path / "runs" / "methods" / "metrics.json").read_text())
+    patterns = documented(root)
+    for key in metrics:
+        plain = key.removesuffix("_ci_low").removesuffix("_ci_high")
+        assert any(pattern.fullmatch(plain) for pattern in patterns), f"docs/metrics.md does not explain {plain}"
+    assert {f"{name}/gold_win_rate" for name in ("ppo", "dpo", "listwise", "grpo", "rloo")} <= set(metrics)
+    report = (tmp_path / "runs" / "methods" / "report.html").read_text()
+    assert "Best of n" in report or "Best-of-n" in report
