@@ -120,7 +120,8 @@ def fingerprint(function: Callable, config: Any) -> tuple[str, dict[str, str]]:
     kept = {
         name: value
         for name, value in as_plain(config).items()
-        if not (fields_of(type(config))[name].json_schema_extra or {}).get("inert")
+        # Where a stage lies decides nothing: a run that was moved or copied is still finished.
+        if name != "output_dir" and not (fields_of(type(config))[name].json_schema_extra or {}).get("inert")
     }
     for name in inputs:
         # An input counts by its content: the same data under another path is the same data.

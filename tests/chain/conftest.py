@@ -44,9 +44,9 @@ class ForkServer:
     process: subprocess.Popen
     logs: Path
 
-    def start(self, argv: list[str], kill: tuple[str, int] | None = None) -> int:
+    def start(self, argv: list[str], kill: tuple[str, int] | None = None, kill_at_step: int | None = None) -> int:
         """Start a command line; returns the child's process id."""
-        request = {"argv": argv, "log": str(self.logs / "child.log"), "kill": kill}
+        request = {"argv": argv, "log": str(self.logs / "child.log"), "kill": kill, "kill_at_step": kill_at_step}
         (self.logs / "child.log").unlink(missing_ok=True)
         print(json.dumps(request), file=self.process.stdin, flush=True)
         return self._answer()["pid"]
@@ -55,9 +55,9 @@ class ForkServer:
         """The exit code of the child, negative where a signal killed it."""
         return self._answer()["code"]
 
-    def run(self, *argv: str, kill: tuple[str, int] | None = None) -> tuple[int, str]:
+    def run(self, *argv: str, kill: tuple[str, int] | None = None, kill_at_step: int | None = None) -> tuple[int, str]:
         """Run a command line to its end; returns its exit code and all it printed."""
-        self.start(list(argv), kill)
+        self.start(list(argv), kill, kill_at_step)
         code = self.wait()
         return code, (self.logs / "child.log").read_text(encoding="utf-8", errors="replace")
 

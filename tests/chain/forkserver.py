@@ -6,7 +6,8 @@ that killed it). A child is a process of its own and dies by a real SIGKILL; onl
 Where ``argv`` begins with ``--recipe family/stage``, that recipe's script is run, as ``accelerate launch`` would run it
 in a single process. ``errors`` names a file of its own for standard error, ``cwd`` the working folder.
 With ``kill``, the interpreter's audit hook ends the child by SIGKILL at the n-th time it opens a file for writing whose
-path matches the pattern: a kill in the middle of that very write, at the same place every time.
+path matches the pattern: a kill in the middle of that very write, at the same place every time. With ``kill_at_step``
+it ends when it has begun so many training steps: where that leaves files and processes is left to chance.
 """
 
 import json
@@ -58,6 +59,22 @@ def kill_at(pattern: str, count: int) -> None:
     sys.addaudithook(hook)
 
 
+def kill_at_step(count: int) -> None:
+    """Die by SIGKILL on entering the ``count``-th step of any Trainer, before its gradient is there."""
+    from transformers import Trainer
+
+    left, plain = count, Trainer.training_step
+
+    def training_step(*args, **kwargs):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(*args, **kwargs)
+
+    Trainer.training_step = training_step
+
+
 def start(argv: list[str]) -> None:
     """Run a command line as its console script or its recipe's script would."""
     if argv[:1] == ["--recipe"]:
@@ -83,6 +100,8 @@ def run(request: dict) -> None:
     try:
         if request.get("kill"):
             kill_at(*request["kill"])
+        if request.get("kill_at_step"):
+            kill_at_step(request["kill_at_step"])
         start(request["argv"])
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
