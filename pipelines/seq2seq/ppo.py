@@ -2,40 +2,24 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from pipelines.config import INERT, Source, config
-from pipelines.corpus.fields import CorpusFields
-from pipelines.errors import Problem, UserError
-from pipelines.seq2seq.annotators import annotator_problems, annotator_sources
-from pipelines.seq2seq.lora import LoraFields, load_policy, lora_settings, merged
-from pipelines.seq2seq.models import model_problems
-from pipelines.seq2seq.rewards import is_function, reward_problems
-from pipelines.seq2seq.training import LengthConfig, TrainingConfig
+from pipelines.config import INERT, config
+from pipelines.errors import Problem
+from pipelines.seq2seq.lora import load_policy, lora_settings, merged
+from pipelines.seq2seq.rollout_fields import RolloutFields, check_processes, last_quarter, training_sources
 
 
 @config
-class PPOConfig(CorpusFields, LengthConfig, LoraFields, TrainingConfig):
+class PPOConfig(RolloutFields):
     """Proximal policy optimization of an encoder-decoder against reward functions, with a KL pull to where it began."""
 
     output_dir: str = Field("runs/ppo", description="folder the stage writes into", json_schema_extra=INERT)
-    model: Source = Field(description="encoder-decoder to align, usually the supervised fine-tuned one; the reference")
-    reward: Source | list[Source] = Field(
-        description="what summaries are paid for: folder of a reward model, rouge, length, module:function, or a list"
-    )
-    reward_weights: list[float] | None = Field(None, description="weights of the reward functions; null: all 1")
-    gold: str | None = Field(
-        "rouge", description="judge logged beside the reward, never trained on: rouge, module:function, or null"
-    )
-    rollouts: int = Field(100, ge=1, description="how many times summaries are sampled and trained on")
-    sources_per_rollout: int = Field(64, ge=1, description="documents of a rollout, over all devices")
     samples_per_source: int = Field(4, ge=1, description="summaries sampled of each document; it is encoded once")
     ppo_epochs: int = Field(2, ge=1, description="passes over a rollout")
-    mini_batch_size: int = Field(64, ge=1, description="summaries of one optimizer step, over all devices")
     batch_size: int = Field(
         256, ge=1, description="summaries a device samples and scores at once (training: see above)"
     )
@@ -48,9 +32,6 @@ class PPOConfig(CorpusFields, LengthConfig, LoraFields, TrainingConfig):
     )
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the rate rises from 0")
     logging_steps: int = Field(1, ge=1, description="has no effect: every rollout is logged", json_schema_extra=INERT)
-    temperature: float = Field(
-        1.0, gt=0, description="the policy is softmax(logits / temperature), in sampling and loss"
-    )
     kl_coefficient: float = Field(0.05, ge=0, description="price of a nat away from the reference, in units of reward")
     adaptive_kl: bool = Field(False, description="move the coefficient so that the divergence tends to kl_target")
     kl_target: float = Field(6.0, gt=0, description="wanted divergence, nats a sequence (adaptive_kl)")
@@ -73,7 +54,6 @@ class PPOConfig(CorpusFields, LengthConfig, LoraFields, TrainingConfig):
     )
     value_coefficient: float = Field(0.1, ge=0, description="weight of the critic's loss")
     entropy_coefficient: float = Field(0.0, ge=0, description="weight of the entropy bonus")
-    missing_eos_penalty: float = Field(1.0, ge=0, description="taken off the score of a summary that was cut")
     scale_rewards: bool = Field(False, description="divide scores by the standard deviation of all seen so far")
     reward_clip: float | None = Field(None, gt=0, description="clip (scaled) scores to ± this")
     whiten_advantages: bool = Field(True, description="bring a rollout's advantages to mean 0 and variance 1")
@@ -81,47 +61,17 @@ class PPOConfig(CorpusFields, LengthConfig, LoraFields, TrainingConfig):
     train_encoder: bool = Field(True, description="false trains the decoder only: a step then costs much less")
     samples_kept: int = Field(4, ge=0, description="summaries of each rollout kept in samples.jsonl")
 
-    @property
-    def reward_specs(self) -> list[str]:
-        """The reward functions as a list."""
-        return [self.reward] if isinstance(self.reward, str) else list(self.reward)
-
     def problems(self) -> list[Problem]:
         found = super().problems()
-        rows = self.sources_per_rollout * self.samples_per_source
-        if rows % self.mini_batch_size:
-            mend = f"give a divisor of sources_per_rollout × samples_per_source = {rows}"
-            found.append(Problem("mini_batch_size", self.mini_batch_size, "does not divide a rollout", mend))
-        if self.mini_batch_size % (self.samples_per_source * self.gradient_accumulation):
-            factor = self.samples_per_source * self.gradient_accumulation
-            mend = f"give a multiple of samples_per_source × gradient_accumulation = {factor}"
-            found.append(Problem("mini_batch_size", self.mini_batch_size, "would cut a document's summaries", mend))
-        found += model_problems({"model": self.model}) + reward_problems(self.reward_specs)
-        found += annotator_problems(self.gold, "gold") if self.gold else []
-        if not self.reward_specs:
-            found.append(
-                Problem("reward", [], "names nothing", "give a reward model's folder, rouge or module:function")
-            )
-        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_specs):
-            problem = f"{len(self.reward_weights)} weights for {len(self.reward_specs)} reward functions"
-            found.append(Problem("reward_weights", self.reward_weights, problem, "give one weight for each"))
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             problem = "has no gradient in expectation when it is charged in the loss"
             found.append(Problem("kl_estimator", "k1", problem, "give kl_estimator=k3, or kl_in=reward"))
         if self.adaptive_kl and self.kl_coefficient == 0:
             found.append(Problem("kl_coefficient", 0.0, "cannot be adapted from 0", "give a value above 0"))
-        for name in ("epochs", "max_steps"):
-            if getattr(self, name) != getattr(TrainingConfig, name, getattr(self, name)):
-                found.append(Problem(name, getattr(self, name), "PPO counts in rollouts", "give rollouts= instead"))
         if self.stop_kl is not None and self.precision == "fp16":
             problem = "a step without gradients breaks float16's loss scaling"
             found.append(Problem("stop_kl", self.stop_kl, problem, "give precision=bf16, or stop_kl=null"))
         return found
-
-    def environment(self) -> dict[str, str]:
-        """The sources of the user's own functions."""
-        own = [spec for spec in [*self.reward_specs, self.gold or ""] if is_function(spec)]
-        return super().environment() | annotator_sources(own)
 
 
 def ppo(config: PPOConfig) -> dict[str, float]:
@@ -142,7 +92,6 @@ def ppo(config: PPOConfig) -> dict[str, float]:
     from accelerate import PartialState
     from transformers import set_seed
 
-    from pipelines.corpus import load_corpus
     from pipelines.seq2seq.annotators import load_annotator
     from pipelines.seq2seq.generation import check_lengths
     from pipelines.seq2seq.models import load_tokenizer
@@ -154,7 +103,6 @@ def ppo(config: PPOConfig) -> dict[str, float]:
         last_checkpoint,
         optimizer_choice,
         save_history,
-        tokenize_sources,
         training_arguments,
     )
 
@@ -169,22 +117,9 @@ def ppo(config: PPOConfig) -> dict[str, float]:
         from peft import get_peft_model
 
         policy = get_peft_model(policy, lora_settings(config))
-    train = load_corpus(config)["train"]
-    if len(train) < config.sources_per_rollout:
-        problem = f"a rollout takes {config.sources_per_rollout} documents"
-        mend = f"give more documents, or sources_per_rollout={len(train)} or less"
-        raise UserError("dataset", f"{len(train)} training documents", problem, mend)
-    _check_processes(config, state.num_processes)
-    needed = config.rollouts * config.sources_per_rollout
-    if len(train) > needed:
-        train = train.select(sorted(random.Random(config.seed).sample(range(len(train)), needed)))
-    tokens = tokenize_sources(tokenizer, train["document"], config)
-    sources = [
-        {"id": id_, "input_ids": ids, "document": document, "references": references}
-        for id_, ids, document, references in zip(
-            train["id"], tokens["input_ids"], train["document"], train["references"], strict=True
-        )
-    ]
+    check_processes(config, state.num_processes)
+    train, truncated = training_sources(config, tokenizer)
+    sources = list(train.rename_column("prompt", "document"))
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     trainer = PPOTrainer(
@@ -201,25 +136,15 @@ def ppo(config: PPOConfig) -> dict[str, float]:
         callbacks=[checkpoint_marker()],
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(config))
-    history = [entry for entry in save_history(trainer, config) if "objective/kl" in entry]
+    history = save_history(trainer, config)
     if state.is_main_process:
         policy = merged(trainer.model.policy, config, folder)
         policy.save_pretrained(folder)
         trainer.model.save_critic(folder)
         tokenizer.save_pretrained(folder)
     state.wait_for_everyone()
-    return _metrics(history) | {"ppo/truncated_sources": tokens["truncated"] / len(train)}
-
-
-def _metrics(history: list[dict[str, float]]) -> dict[str, float]:
-    last = history[-max(1, len(history) // 4) :]
-    names = {"proxy_reward": "train_proxy_reward", "kl": "train_kl", "gold": "train_gold", "length": "train_length"}
-    means = {
-        f"ppo/{name}": sum(entry[f"objective/{key}"] for entry in last) / len(last)
-        for key, name in names.items()
-        if f"objective/{key}" in last[0]
-    }
-    return means | {"ppo/rollouts": float(len(history))}
+    rollouts = sum("objective/kl" in entry for entry in history)
+    return last_quarter(history, "ppo") | {"ppo/rollouts": float(rollouts), "ppo/truncated_sources": truncated}
 
 
 def _arguments(config: PPOConfig, arguments: type) -> dict[str, Any]:
@@ -231,13 +156,3 @@ def _arguments(config: PPOConfig, arguments: type) -> dict[str, Any]:
         "kl_target": config.kl_target if config.adaptive_kl else None,
         "remove_unused_columns": False,
     }
-
-
-def _check_processes(config: PPOConfig, processes: int) -> None:
-    if config.sources_per_rollout % processes:
-        mend = f"give a multiple of {processes}, the number of processes"
-        raise UserError("sources_per_rollout", config.sources_per_rollout, "cannot be shared out", mend)
-    factor = config.samples_per_source * config.gradient_accumulation * processes
-    if config.mini_batch_size % factor:
-        mend = f"give a multiple of samples_per_source × gradient_accumulation × processes = {factor}"
-        raise UserError("mini_batch_size", config.mini_batch_size, "cannot be shared out", mend)
