@@ -262,7 +262,7 @@ class _Groups:
                     attention_mask=mask[part],
                     encoder_input_ids=source_ids[sources],
                     encoder_attention_mask=source_mask[sources],
-                    encoder_rows=torch.arange(len(ids[part]), device=ids.device) // samples,
+                    encoder_rows="source-major",
                     labels=labels,
                     fused_lm_head=True,
                 )

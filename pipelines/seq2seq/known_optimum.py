@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, GRPOConfig
 
 from pipelines.seq2seq.dpo_trainer import EncoderDecoderDPOTrainer
@@ -79,6 +80,7 @@ def _arguments(folder: str | Path, **fields: Any) -> dict[str, Any]:
 def _train(problem: Problem, trainer: Any, points: int) -> list[list[float]]:
     curve = _Curve(problem, max(1, trainer.args.max_steps // points))
     trainer.add_callback(curve)
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     return curve.points
 
@@ -188,12 +190,14 @@ def train_grpo(
     rate: float,
     epochs: int = 2,
     kl_in: str = "reward",
+    policy: Any = None,
     points: int = 20,
 ) -> list[list[float]]:
     """GRPO without scaling by group deviations (which would weigh sources unequally); the rest as ``train_ppo``.
 
     Args:
-        kl_in: with ``loss`` it ends at another point, see ``EncoderDecoderGRPOTrainer``.
+        kl_in: with ``loss`` it ends at another point, see ``token_divergence_optimum``.
+        policy: a copy of the start that is trained in place; None makes one.
     """
     sources = _sources(problem)
     rows = {name: [source[name] for source in sources] for name in ("id", "input_ids", "references")}
@@ -212,7 +216,7 @@ def train_grpo(
     )
     data = Dataset.from_dict(rows | {"prompt": [source["document"] for source in sources]})
     trainer = EncoderDecoderGRPOTrainer(
-        problem.policy(), arguments, data, problem.tokenizer, _rewards(problem), kl_in=kl_in
+        policy or problem.policy(), arguments, data, problem.tokenizer, _rewards(problem), kl_in=kl_in
     )
     return _train(problem, trainer, points)
 
@@ -262,3 +266,35 @@ def regularized_reward_loss(problem: Problem, log_probs: Tensor) -> Tensor:
     """−(E_π[r] − β KL(π‖π_ref)), the mean over sources: what PPO, GRPO and RLOO estimate from samples; a scalar."""
     penalty = problem.beta * (log_probs - problem.reference)
     return -(log_probs.exp() * (problem.world.rewards - penalty)).sum(dim=1).mean()
+
+
+def token_divergence_optimum(problem: Problem) -> Tensor:
+    """(S, N) fp64: log-probabilities of the policy at which GRPO with its divergence in the loss comes to rest.
+
+    That loss charges each token for its own divergence in the states that occur, and not for where it leads. At rest
+
+        π(a|s) ∝ π_ref(a|s) e^{Q(s,a)/β},   Q(s,a) = E_π[r | s, a],
+
+    while π* has the soft value β log E_{π_ref}[e^{r/β} | s, a] in the place of Q: less than Q plus what going on like
+    π costs. The two agree for one token, and where β is large.
+    """
+    world, found = problem.world, []
+    for source in range(len(world.sources)):
+        reference = {
+            tuple(c): float(p) for c, p in zip(world.completions, problem.reference[source].exp(), strict=True)
+        }
+        rewards = {tuple(c): r for c, r in zip(world.completions, world.rewards[source].tolist(), strict=True)}
+        mass: dict[tuple[int, ...], float] = {}
+        for completion, probability in reference.items():
+            for size in range(len(completion) + 1):
+                mass[completion[:size]] = mass.get(completion[:size], 0.0) + probability
+        chosen: dict[tuple[int, ...], float] = {}
+        values = dict(rewards)
+        for state in sorted(mass.keys() - rewards.keys(), key=len, reverse=True):
+            actions = [(*state, token) for token in range(world.vocabulary)]
+            odds = torch.tensor([math.log(mass[a]) + values[a] / problem.beta for a in actions], dtype=torch.float64)
+            share = odds.softmax(0).tolist()
+            chosen |= dict(zip(actions, share, strict=True))
+            values[state] = sum(p * values[a] for p, a in zip(share, actions, strict=True))
+        found.append([sum(math.log(chosen[tuple(c[: i + 1])]) for i in range(len(c))) for c in world.completions])
+    return torch.tensor(found, dtype=torch.float64)

@@ -40,7 +40,8 @@ class ListCollator:
     A call takes B examples with ``LIST_COLUMNS`` (and ``ref_logps``, a number a completion, where present) and returns
 
     - ``input_ids``, ``attention_mask``, ``completion_mask`` (R, 1 + T) as ``PairCollator``, R the completions in all;
-    - ``encoder_input_ids``, ``encoder_attention_mask`` (B, S), and ``encoder_rows`` (R,), the source of each row;
+    - ``encoder_input_ids``, ``encoder_attention_mask`` (B, S), and ``encoder_rows``: the source of each row (R,), or
+      ``source-major`` where all lists are equally long;
     - ``ranking`` (B, K), K the longest list, −1 beyond the end of a shorter one, and ``known`` (B,);
     - ``ref_logps`` (R,) fp32.
     """
@@ -48,8 +49,9 @@ class ListCollator:
     pad_id: int
     start_id: int
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         counts = [len(example["completion_ids"]) for example in examples]
+        owners = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
         rows = [[self.start_id, *ids] for example in examples for ids in example["completion_ids"]]
         ids, mask = pad_rows(rows, self.pad_id)
         completion_mask = mask.clone()
@@ -61,7 +63,7 @@ class ListCollator:
             "completion_mask": completion_mask,
             "encoder_input_ids": source_ids,
             "encoder_attention_mask": source_mask,
-            "encoder_rows": torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)),
+            "encoder_rows": "source-major" if len(set(counts)) == 1 else owners,
             "ranking": pad_rows([example["ranking"] for example in examples], -1)[0],
             "known": torch.tensor([example["known"] for example in examples]),
         }
@@ -237,7 +239,8 @@ def list_log_probs(
     found: list[Sequence[float]] = [[]] * len(lists)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = {name: value.to(device) for name, value in collate([lists[index] for index in chosen]).items()}
+        batch = collate([lists[index] for index in chosen])
+        batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
         states = encode(model, batch["encoder_input_ids"], batch["encoder_attention_mask"])
         mask, rows = batch["completion_mask"][:, 1:], batch["encoder_rows"]
         log_probs = sequence_log_probs(

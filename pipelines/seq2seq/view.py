@@ -7,8 +7,9 @@
 
 encodes each source once, decodes K completions of it, and answers with decoder states. That is the call which TRL's
 trainers make of a causal language model's backbone (``trl.trainer.utils.add_fused_lm_head``): they train it as it is.
-Rows are sample-major; where sources have unequal numbers of them, ``encoder_rows`` (R,) says each row's source. A
-source that is not text goes in under its own name: ``encoder_input_features`` (speech), ``encoder_pixel_values``.
+Rows are sample-major; where sources have unequal numbers of them, ``encoder_rows`` says each row's source (R,), or
+``source-major``. A source that is not text goes in under its own name: ``encoder_input_features`` (speech),
+``encoder_pixel_values``.
 
 Nothing here goes by model names. Encoder and decoder come from transformers' ``get_encoder`` and ``get_decoder``, the
 encoder's input goes in under the model's own ``main_input_name``, and the path from decoder states to logits (T5's

@@ -10,6 +10,7 @@ from pipelines.seq2seq.known_optimum import (
     Problem,
     expected_dpo_loss,
     regularized_reward_loss,
+    token_divergence_optimum,
     train_dpo,
     train_exactly,
     train_grpo,
@@ -131,6 +132,22 @@ def test_ppo_finds_the_optimum(problem, tmp_path):
 def test_grpo_finds_the_optimum(problem, tmp_path):
     curve = train_grpo(problem, tmp_path, rollouts=50, samples=96, rate=5e-3, points=4)
     assert curve[-1][1] < 0.05
+
+
+def test_a_divergence_in_the_loss_ends_elsewhere(problem, tmp_path):
+    """GRPO as published rests where a token does not see what its successors are charged, not at π*."""
+    there = token_divergence_optimum(problem)
+    torch.testing.assert_close(there.exp().sum(1), torch.ones(2, dtype=torch.float64))
+    gap = divergence(there, problem.optimum)
+    assert 0.01 < gap < 0.1
+    policies = {}
+    for kl_in in ("loss", "reward"):
+        model = problem.policy()
+        train_grpo(problem, tmp_path, rollouts=50, samples=96, rate=5e-3, points=1, kl_in=kl_in, policy=model)
+        policies[kl_in] = problem.world.log_probs(model)
+    assert divergence(policies["loss"], there) < 0.02 < gap
+    assert divergence(policies["loss"], there) < divergence(policies["loss"], problem.optimum)
+    assert divergence(policies["reward"], problem.optimum) < divergence(policies["reward"], there)
 
 
 def test_log_probs_of_the_world_go_through_the_view(problem):

@@ -1,4 +1,4 @@
-"""PPO: what it gains under the reward model (proxy) and under the gold judge, at what divergence from SFT."""
+"""PPO, GRPO, RLOO: what they gain under the reward (proxy) and under the gold judge, at what divergence from SFT."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pipelines.reporting.page import Section, figure, figures, heading, join, pa
 from pipelines.reporting.plots import Panel, Series
 from pipelines.reporting.run import Run, Stage, is_number
 
-KINDS = ("ppo",)
+KINDS = ("ppo", "grpo", "rloo")
 PROXY, GOLD, KL = "objective/proxy_reward", "objective/gold", "objective/kl"
 
 
 def ppo(run: Run) -> Section | None:
-    """The rollouts of every PPO stage; None when there are none."""
+    """The rollouts of every stage that learns from its own samples; None when there are none."""
     stages = [stage for stage in run.of_kind(*KINDS) if any(KL in entry for entry in stage.history)]
     if not stages:
         return None
@@ -27,8 +27,8 @@ def ppo(run: Run) -> Section | None:
         if verdict:
             parts.append(paragraph(verdict, "note"))
     lead = (
-        "PPO is trained on the reward model's score (proxy), less a penalty for moving away from SFT. The gold judge "
-        "is only watched: where the proxy goes on rising while gold falls, the policy exploits the reward model."
+        "The policy is trained on the reward model's score (proxy), less a price for moving away from SFT. The gold "
+        "judge only watches: where the proxy goes on rising while gold falls, the policy exploits the reward model."
     )
     return Section("ppo", "Reward against KL", join(parts), lead, frozenset(s.name for s in stages))
 
