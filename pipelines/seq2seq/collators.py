@@ -79,7 +79,13 @@ class FeatureSources:
 
 
 def sources_of(model: Any, pad_id: int, column: str = "prompt_ids") -> CollateSources:
-    """How a model's sources are collated where nothing else is said: by its ``main_input_name``."""
+    """How a model's sources are collated where nothing else is said: by its ``main_input_name``.
+
+    Args:
+        model: an encoder-decoder.
+        pad_id: padding id of token ids.
+        column: where an example holds its token ids.
+    """
     name = model.main_input_name
     return TextSources(pad_id, column) if name == "input_ids" else FeatureSources(name)
 

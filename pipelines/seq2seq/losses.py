@@ -162,6 +162,9 @@ def kl_estimate(log_probs: Tensor, reference: Tensor, estimator: Literal["k1", "
 
     Returns:
         fp32, the shape of the inputs.
+
+    Raises:
+        ValueError: an estimator of another name.
     """
     log_ratio = _wide(log_probs) - _wide(reference)
     if estimator == "k1":

@@ -71,6 +71,7 @@ class RewardTrainer(GroupedByLength, Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        """Mean Bradley–Terry loss of the pairs, a scalar; with ``return_outputs`` also their scores (B, 2)."""
         inputs = {name: value for name, value in inputs.items() if name != "completion_mask"}
         margin = inputs.pop("margin", None) if self.use_margin else None
         chosen, rejected = model(**inputs).logits.chunk(2)
@@ -80,6 +81,7 @@ class RewardTrainer(GroupedByLength, Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Loss, scores (B, 2) of chosen and rejected summaries, and labels (B,), all 1."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, scores = self.compute_loss(model, inputs, return_outputs=True)

@@ -209,6 +209,7 @@ class SFTTrainer(Seq2SeqTrainer):
         return None, found, torch.ones(len(found), device=found.device)
 
     def log(self, logs, *args, **kwargs):
+        """Log with ``epoch`` counted in passes over the summaries."""
         # The whole run is one epoch to the Trainer (see ExampleSchedule); readers want passes over the data.
         self.state.epoch = round(self.schedule.epoch_at(self.state.global_step), 4)
         super().log(logs, *args, **kwargs)

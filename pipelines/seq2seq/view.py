@@ -212,6 +212,11 @@ def projected(model: PreTrainedModel, states: Tensor) -> Tensor:
 def states_mask(model: PreTrainedModel, states: Tensor, source_mask: Tensor | None) -> Tensor | None:
     """The mask (B, S') of encoder states (B, S', H), from that of the source (B, S), which a speech encoder shortens.
 
+    Args:
+        model: whose encoder made the states.
+        states: (B, S', H).
+        source_mask: (B, S), 1 where the source is real; or None.
+
     Raises:
         ValueError: the lengths differ and the model has no rule for it.
     """
@@ -284,6 +289,11 @@ def run_decoder(
 
 def spread_rows(tensor: Tensor | None, rows: int, order: Order | Tensor | None) -> Tensor | None:
     """(B, …) repeated to (rows, …): row r belongs to source r mod B (sample-major), r div K (source-major) or order[r].
+
+    Args:
+        tensor: (B, …) or None, which stays None.
+        rows: R, how many are wanted.
+        order: how they belong to the sources.
 
     Raises:
         ValueError: ``rows`` is not a multiple of B, or is above B without an order.
