@@ -117,10 +117,14 @@ class _Groups:
         return sampler
 
     def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> dict[str, Tensor]:
-        # TRL shuffles the rows of a rollout with the global generator; here a source's rows stay together.
+        # TRL shuffles the rows of a rollout with the global generator. Here a source's rows stay together, and part j
+        # of M takes every M-th source: the same ones however many processes share the rollout.
         if self._step % self._steps_a_rollout == 0:
             rollout = self._generate_and_score_completions(generation_batch)
-            self._buffered_inputs = split_tensor_dict(rollout, self.args.steps_per_generation)
+            parts, samples = self.args.steps_per_generation, self.num_generations
+            rows = torch.arange(len(generation_batch)).view(-1, parts, samples).transpose(0, 1).flatten()
+            rollout = {name: value if value.dim() == 0 else value[rows] for name, value in rollout.items()}
+            self._buffered_inputs = split_tensor_dict(rollout, parts)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     # --- the rollout ---
