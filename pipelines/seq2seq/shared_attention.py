@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from pipelines.seq2seq.attention import attention, biased_sdpa, recomputes
 from pipelines.seq2seq.view import Order, decode, in_shards, projected, run_decoder, unwrap
 
 _NAME = "genalign_shared_sources"
@@ -42,7 +43,7 @@ def _shared_sdpa(
     """``sdpa_attention_forward``, but with fewer rows of keys than of queries each serves K rows of queries."""
     rows, sources = len(query), len(key)
     if rows == sources:
-        return sdpa_attention_forward(
+        return biased_sdpa(
             module, query, key, value, attention_mask, position_bias=position_bias, is_causal=is_causal, **options
         )
     source_major = _ORDER.get() == "source-major"
@@ -71,25 +72,19 @@ AttentionMaskInterface.register(_NAME, sdpa_mask)
 @contextmanager
 def shared_sources(model: Any, order: Order = "source-major") -> Iterator[None]:
     """Within, the decoder may be called with R = K·B rows, and states, mask or cache of B sources."""
-    decoder = unwrap(model).get_decoder()
-    configs = {id(c): c for m in decoder.modules() if (c := getattr(m, "config", None)) is not None}
-    before = {key: config._attn_implementation_internal for key, config in configs.items()}
     token = _ORDER.set(order)
     try:
-        for config in configs.values():
-            config._attn_implementation_internal = _NAME
-        yield
+        with attention(unwrap(model).get_decoder(), _NAME):
+            yield
     finally:
         _ORDER.reset(token)
-        for key, config in configs.items():
-            config._attn_implementation_internal = before[key]
 
 
 def can_share(model: Any) -> bool:
     """Whether the decoder takes shared sources: it uses SDPA, recomputes no activations, and gives the same states."""
     inner = unwrap(model).base_model
     decoder = inner.get_decoder()
-    if any(getattr(module, "gradient_checkpointing", False) and module.training for module in decoder.modules()):
+    if recomputes(decoder):
         return False  # the backward pass would run the forward again, outside `shared_sources`
     if "_shares_sources" not in inner.__dict__:
         if in_shards(inner):

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqModelOutput
 
 from pipelines.errors import UserError
+from pipelines.seq2seq.attention import biased_attention
 from pipelines.seq2seq.losses import token_log_probs
 
 Order = Literal["sample-major", "source-major"]
@@ -200,7 +201,8 @@ def run_encoder(model: PreTrainedModel, inputs: dict[str, Tensor | None]) -> Ten
         (B, S, H), as the decoder reads them: projected to its width in composite models.
     """
     encoder = model.get_encoder()
-    return projected(model, encoder(**known_arguments(encoder, inputs)).last_hidden_state)
+    with biased_attention(encoder):
+        return projected(model, encoder(**known_arguments(encoder, inputs)).last_hidden_state)
 
 
 def projected(model: PreTrainedModel, states: Tensor) -> Tensor:
@@ -280,7 +282,8 @@ def run_decoder(
         "encoder_attention_mask": states_mask(model, states, source_mask),
         "use_cache": False,
     }
-    result = decoder(**known_arguments(decoder, inputs)).last_hidden_state
+    with biased_attention(decoder):
+        result = decoder(**known_arguments(decoder, inputs)).last_hidden_state
     if back is not None:
         result = result.gather(1, back[..., None].expand_as(result))
     scale = model.__dict__.get("_view_scale", 1.0)
