@@ -1,0 +1,1 @@
+"""Prompting as a baseline: tasks, strategies, backends (local models and endpoints), scoring, exploration."""
