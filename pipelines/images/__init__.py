@@ -1,1 +1,1 @@
-"""Generative models of images on diffusers' classes: DDPM, bit-flip diffusion, VAE and GAN through one training loop."""
+"""Generative models of images on diffusers' classes: one training loop for DDPM, bit-flip diffusion, VAE and GAN."""
