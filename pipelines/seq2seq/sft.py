@@ -7,29 +7,22 @@ step is a function of (seed, step) alone, so a killed run goes on exactly where 
 from __future__ import annotations
 
 import math
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from pipelines.config import INERT, Source, config
+from pipelines.config import INERT, config
 from pipelines.corpus.fields import CorpusFields
-from pipelines.errors import Problem, UserError, problems_of
-from pipelines.seq2seq.models import check_model, check_tokenizer, model_problems
+from pipelines.errors import Problem
+from pipelines.seq2seq.scratch import ScratchConfig, load_or_new
 from pipelines.seq2seq.training import LengthConfig, TrainingConfig
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @config
-class SFTConfig(CorpusFields, LengthConfig, TrainingConfig):
+class SFTConfig(ScratchConfig, CorpusFields, LengthConfig, TrainingConfig):
     """Fine-tune a model on documents and summaries, or train a T5 from scratch where no model is given."""
 
     output_dir: str = Field("runs/sft", description="folder the stage writes into", json_schema_extra=INERT)
-    model: Source | None = Field(None, description="folder or hub id of the model; null trains a T5 from scratch")
-    tokenizer: Source | None = Field(None, description="folder or hub id of the tokenizer; null takes the model's own")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="probability spread evenly over the vocabulary")
     keep: Literal["last", "best"] = Field("last", description="weights that are kept: the last, or of least eval loss")
     eval_steps: int | None = Field(
@@ -47,70 +40,13 @@ class SFTConfig(CorpusFields, LengthConfig, TrainingConfig):
         description="copy phase: as many tokens from a random place in the document (it learns to go on with what it "
         "has begun), or its first ones",
     )
-    d_model: int = Field(128, ge=8, description="from scratch: width of the states")
-    d_kv: int = Field(32, ge=4, description="from scratch: width of one attention head")
-    d_ff: int = Field(512, ge=8, description="from scratch: width of the feed-forward layers")
-    num_layers: int = Field(2, ge=1, description="from scratch: layers of the encoder")
-    num_decoder_layers: int | None = Field(
-        None, ge=1, description="from scratch: layers of the decoder; as the encoder"
-    )
-    num_heads: int = Field(4, ge=1, description="from scratch: attention heads")
-    dropout: float = Field(0.1, ge=0, lt=1, description="from scratch: dropout rate")
 
     def problems(self) -> list[Problem]:
         found = super().problems()
-        if self.model is None and self.tokenizer is None:
-            mend = "give model=FOLDER-or-id to fine-tune, or tokenizer=FOLDER to train from scratch"
-            found.append(Problem("model", None, "there is neither a model nor a tokenizer", mend))
-        if self.tokenizer is None:
-            found += model_problems({"model": self.model})
-        else:
-            given = [partial(check_model, self.model, "model")] if self.model is not None else []
-            found += problems_of(*given, partial(check_tokenizer, self.tokenizer, "tokenizer"))
         if self.keep == "best" and self.eval_steps is not None and self.save_steps % self.eval_steps:
             mend = f"give a divisor of save_steps={self.save_steps}"
             found.append(Problem("eval_steps", self.eval_steps, "keep=best needs an evaluation at every save", mend))
         return found
-
-
-def new_t5(settings: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A T5 with random weights of the size that ``settings`` says, drawn from its seed."""
-    from transformers import T5Config, T5ForConditionalGeneration, set_seed
-
-    set_seed(settings.seed)
-    return T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=len(tokenizer),
-            d_model=settings.d_model,
-            d_kv=settings.d_kv,
-            d_ff=settings.d_ff,
-            num_layers=settings.num_layers,
-            num_decoder_layers=settings.num_decoder_layers or settings.num_layers,
-            num_heads=settings.num_heads,
-            dropout_rate=settings.dropout,
-            decoder_start_token_id=tokenizer.pad_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
-
-
-def _load(settings: SFTConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from pipelines.seq2seq.generation import check_lengths
-    from pipelines.seq2seq.models import load_seq2seq, load_tokenizer
-
-    tokenizer = (
-        load_tokenizer(settings.tokenizer)
-        if settings.tokenizer is not None
-        else load_tokenizer(settings.model, field="model")
-    )
-    model = new_t5(settings, tokenizer) if settings.model is None else load_seq2seq(settings.model)
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        problem = f"it has {len(tokenizer)} tokens, the model's embedding {rows}"
-        raise UserError("tokenizer", settings.tokenizer, problem, "give the model's own tokenizer, or drop tokenizer=")
-    check_lengths(model, settings)
-    return model, tokenizer
 
 
 def _steps(settings: SFTConfig, examples: int, batch: int) -> int:
@@ -118,17 +54,6 @@ def _steps(settings: SFTConfig, examples: int, batch: int) -> int:
     if settings.max_steps > 0:
         return settings.max_steps
     return max(1, math.ceil(settings.epochs * (examples // batch)))
-
-
-def _save(trainer: Any, settings: SFTConfig) -> None:
-    """The model, its tokenizer and plain generation settings, as any transformers user reads them."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    own = model.generation_config
-    own.max_length, own.max_new_tokens = None, settings.max_target_length
-    folder = Path(settings.output_dir)
-    trainer.save_model(str(folder))
-    # A pickle, with this run's paths in it; stage.json says what there is to say.
-    (folder / "training_args.bin").unlink(missing_ok=True)
 
 
 def sft(config: SFTConfig) -> dict[str, float]:
@@ -160,7 +85,7 @@ def sft(config: SFTConfig) -> dict[str, float]:
     )
 
     state = PartialState()
-    model, tokenizer = _load(config)
+    model, tokenizer = load_or_new(config)
     corpus = load_corpus(config)
     bar = state.is_main_process
     pairs = TokenizedPairs.of(corpus["train"], tokenizer, config, progress="tokenizing train" if bar else None)
@@ -208,7 +133,7 @@ def sft(config: SFTConfig) -> dict[str, float]:
     eval_loss = trainer.evaluate()["eval_loss"]
     history = save_history(trainer, config)
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    _save(trainer, config)
+    trainer.save_plain(config.output_dir, config.max_target_length)
     state.wait_for_everyone()
     return {
         "sft/eval_loss": eval_loss,

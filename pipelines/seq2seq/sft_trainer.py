@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -213,3 +214,11 @@ class SFTTrainer(Seq2SeqTrainer):
         # The whole run is one epoch to the Trainer (see ExampleSchedule); readers want passes over the data.
         self.state.epoch = round(self.schedule.epoch_at(self.state.global_step), 4)
         super().log(logs, *args, **kwargs)
+
+    def save_plain(self, folder: str | Path, max_new_tokens: int) -> None:
+        """Write the model, its tokenizer and plain generation settings, as any transformers user reads them."""
+        own = self.accelerator.unwrap_model(self.model).generation_config
+        own.max_length, own.max_new_tokens = None, max_new_tokens
+        self.save_model(str(folder))
+        # A pickle, with this run's paths in it; stage.json says what there is to say.
+        (Path(folder) / "training_args.bin").unlink(missing_ok=True)
