@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset, Features, List, Value
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from pipelines.seq2seq.training import LengthConfig, tokenize_sources, tokenize_targets
 
@@ -130,7 +130,8 @@ class PairCollator:
 class LengthGroupedSampler(Sampler[int]):
     """A random order in which the examples of a step are of like length, so that little is padded.
 
-    Indices are shuffled, cut into pools of 50 steps, sorted by length within a pool, and the steps of a pool shuffled.
+    Indices are shuffled, cut into pools of 50 steps, sorted by length within a pool, and the steps shuffled. Examples
+    that make no whole step (fewer than ``step_size``, others in every epoch) are left out of an epoch.
     The order depends on ``seed`` and ``epoch`` alone. (transformers' sampler of the same name draws from the global
     generator, so a run resumed in the middle of an epoch sees other batches than the uninterrupted one.)
 
@@ -149,7 +150,7 @@ class LengthGroupedSampler(Sampler[int]):
         self.epoch = 0
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) // self.step_size * self.step_size
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of an epoch; the same epoch always has the same order."""
@@ -164,11 +165,10 @@ class LengthGroupedSampler(Sampler[int]):
             # The shuffled position breaks ties, so equal lengths do not fall back into the order of the file.
             pool = sorted(shuffled[start : start + pool_size], key=lambda index: self.lengths[index])
             steps.extend(pool[i : i + self.step_size] for i in range(0, len(pool), self.step_size))
-        # A step that is not full must come last: anywhere else it would shift the steps after it.
-        short = [step for step in steps if len(step) < self.step_size]
+        # A step that is not full would weigh its examples more, and be filled up where several processes share it.
         full = [step for step in steps if len(step) == self.step_size]
-        for step in [*(full[i] for i in torch.randperm(len(full), generator=generator).tolist()), *short]:
-            yield from step
+        for number in torch.randperm(len(full), generator=generator).tolist():
+            yield from full[number]
 
 
 class SetEpoch(TrainerCallback):
@@ -182,7 +182,16 @@ class SetEpoch(TrainerCallback):
 
 
 class GroupedByLength:
-    """Mixin for a Trainer over tokenized pairs: takes its examples in the order of ``LengthGroupedSampler``."""
+    """Mixin for a Trainer over tokenized pairs: takes its examples in the order of ``LengthGroupedSampler``.
+
+    Raises:
+        ValueError: when training begins, if there are fewer examples than one step takes.
+    """
+
+    def __init__(self, *given: Any, args: TrainingArguments, **options: Any):
+        # The sampler gives whole steps only; unless it is told so, accelerate cuts what is logged of the last one.
+        args.dataloader_drop_last = True
+        super().__init__(*given, args=args, **options)
 
     def _lengths(self, dataset: Dataset) -> list[int]:
         """Tokens of each example."""
@@ -192,6 +201,8 @@ class GroupedByLength:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        if len(dataset) < step_size:
+            raise ValueError(f"{len(dataset)} examples are fewer than the {step_size} of one step")
         sampler = LengthGroupedSampler(self._lengths(dataset), step_size, seed)
         self.remove_callback(SetEpoch)
         self.add_callback(SetEpoch(sampler))

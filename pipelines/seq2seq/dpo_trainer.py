@@ -31,6 +31,7 @@ from pipelines.seq2seq.collators import (
     sources_of,
     tokenize_pairs,
 )
+from pipelines.seq2seq.held_out import HeldOutMeans
 from pipelines.seq2seq.losses import sequence_sum
 from pipelines.seq2seq.shared_attention import can_share
 from pipelines.seq2seq.training import LengthConfig
@@ -48,7 +49,7 @@ from pipelines.seq2seq.view import (
 REFERENCE_FILE = "reference.safetensors"
 
 
-class EncoderDecoderDPOTrainer(GroupedByLength, DPOTrainer):
+class EncoderDecoderDPOTrainer(HeldOutMeans, GroupedByLength, DPOTrainer):
     """TRL's DPOTrainer for encoder-decoder models; each source is encoded once for chosen and rejected.
 
     Args:
@@ -164,6 +165,13 @@ class EncoderDecoderDPOTrainer(GroupedByLength, DPOTrainer):
         # A running count that no checkpoint holds: after a resume it would say something else.
         self._metrics["train" if self.model.training else "eval"].pop("num_tokens", None)
         return result
+
+    def held_out(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor | float]:
+        """Loss of a batch, and what TRL logs beside it."""
+        loss = self.compute_loss(model, inputs)
+        logged = {name: values.pop() for name, values in self._metrics["eval"].items()}
+        self._metrics["eval"].clear()
+        return {"loss": loss} | logged
 
     @torch.no_grad()
     def _check_log_probs(self, inputs: dict[str, Tensor]) -> None:

@@ -12,7 +12,6 @@ in progress, which cannot be made again because the weights that sampled it are 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from pipelines.seq2seq.collators import CollateSources, sources_of
 from pipelines.seq2seq.losses import kl_estimate, masked_mean, sequence_sum
 from pipelines.seq2seq.ppo_arguments import PPOArguments
 from pipelines.seq2seq.rewards import Rewards
+from pipelines.seq2seq.sample_table import SampleTable
 from pipelines.seq2seq.sampling import GumbelSampler, prompt_keys, sample_completions
 from pipelines.seq2seq.view import as_view, check_log_probs, encode, silence_dropout, unwrap
 
@@ -125,7 +125,7 @@ class PPOTrainer(Trainer):
         self.reference.model.to(args.device)
         self.rewards, self.gold = rewards, gold
         self.collate_sources = collate_sources or sources_of(unwrap(policy), tokenizer.pad_token_id, "input_ids")
-        self.samples_file = Path(samples_file) if samples_file is not None else None
+        self.samples = SampleTable(samples_file, writes=self.is_world_process_zero())
         self.kl_coefficient = args.kl_coefficient
         self.score_moments = ppo_math.RunningMoments()
         self.rollout: Rollout | None = None
@@ -207,13 +207,9 @@ class PPOTrainer(Trainer):
             name: self.accelerator.gather(self.accelerator.pad_across_processes(t, dim=1, pad_index=pads.get(name, 0)))
             for name, t in data.items()
         }
-        kept = [
-            {"rollout": number, "id": examples[i]["id"], "text": texts[i * samples], "reward": scores[i * samples][0]}
-            | ({"gold": gold[i]} if self.gold is not None else {})
-            for i in range(min(args.samples_kept, part))
-        ]
-        self._keep_samples(kept)
-        return self._estimate(data, number)
+        scores, gold = data.pop("scores"), data.pop("gold")
+        self._keep_samples(number, [self.train_dataset[i] for i in indices], data, scores, gold)
+        return self._estimate(data, scores, gold, number)
 
     def _sample(self, examples: list[SourceExample], keys: Tensor, number: int) -> Rollout:
         """Completions of this process's sources with their log-probabilities and values, in chunks of like length."""
@@ -264,10 +260,25 @@ class PPOTrainer(Trainer):
             for name in chunks[0]
         }
 
-    def _estimate(self, data: Rollout, number: int) -> Rollout:
+    def _keep_samples(
+        self, number: int, examples: list[SourceExample], data: Rollout, scores: Tensor, gold: Tensor
+    ) -> None:
+        """The first completion of the first sources of a gathered rollout, for people to read."""
+        rows = torch.arange(min(self.args.samples_kept, len(examples))) * self.args.samples_per_source
+        mask = data["completion_mask"][rows]
+        kl = sequence_sum(data["log_probs"][rows] - data["reference"][rows], mask).tolist()
+        ids = data["completion_ids"][rows].tolist()
+        texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
+        found = []
+        for i, (text, row) in enumerate(zip(texts, rows.tolist(), strict=True)):
+            line = {"rollout": number, "id": examples[i]["id"], "document": examples[i]["document"]}
+            line |= {"text": text.strip(), "reward": scores[row, 0].item(), "kl": kl[i]}
+            found.append(line | ({"gold": gold[i, 0].item()} if self.gold is not None else {}))
+        self.samples.add(found)
+
+    def _estimate(self, data: Rollout, scores: Tensor, gold: Tensor, number: int) -> Rollout:
         """Rewards, advantages and returns of a gathered rollout; moves the KL coefficient; fills ``self.record``."""
-        args, mask = self.args, data["completion_mask"]
-        scores, gold, entropy = data.pop("scores"), data.pop("gold"), data.pop("entropy")
+        args, mask, entropy = self.args, data["completion_mask"], data.pop("entropy")
         ended = (data["completion_ids"] * mask == self.processing_class.eos_token_id).any(1)
         shaped = ppo_math.penalize_missing_end(scores[:, 0], ended, args.missing_eos_penalty)
         if args.scale_rewards:
@@ -386,12 +397,6 @@ class PPOTrainer(Trainer):
 
     # --- saving and resuming ---
 
-    def _keep_samples(self, rows: list[dict[str, Any]]) -> None:
-        if self.samples_file is None or not self.is_world_process_zero():
-            return
-        with self.samples_file.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
@@ -433,14 +438,7 @@ class PPOTrainer(Trainer):
         self.record, self.statistics, self.stopped = saved["record"], saved["statistics"], saved["stopped"]
         self.kl_coefficient = saved["kl_coefficient"]
         self.score_moments = ppo_math.RunningMoments(*saved["score_moments"])
-        if self.samples_file is not None and self.is_world_process_zero() and self.samples_file.exists():
-            # What was sampled after the checkpoint is sampled again; a line may have been cut by the kill.
-            lines = self.samples_file.read_bytes().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith(b"\n")]
-            kept = [line for line in kept if json.loads(line)["rollout"] < saved["next_rollout"]]
-            temporary = self.samples_file.with_name(f".{self.samples_file.name}.tmp")
-            temporary.write_bytes(b"".join(kept))
-            os.replace(temporary, self.samples_file)
+        self.samples.rewind(saved["next_rollout"])
 
 
 def _join(tensors: list[Tensor], pad: int) -> Tensor:

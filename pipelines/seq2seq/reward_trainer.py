@@ -14,14 +14,15 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
 from pipelines.seq2seq.collators import PAIR_COLUMNS, GroupedByLength, PairCollator
+from pipelines.seq2seq.held_out import HeldOutMeans
 from pipelines.seq2seq.losses import bradley_terry_loss
 from pipelines.seq2seq.reward_model import EncoderDecoderRewardModel, score_tokens
 
 
-class RewardTrainer(GroupedByLength, Trainer):
+class RewardTrainer(HeldOutMeans, GroupedByLength, Trainer):
     """Fits a reward model to preference pairs.
 
     Args:
@@ -60,7 +61,6 @@ class RewardTrainer(GroupedByLength, Trainer):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             data_collator=PairCollator(processing_class.pad_token_id, model.config.decoder_start_token_id),
-            compute_metrics=_pair_metrics,
             callbacks=callbacks,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
@@ -78,26 +78,11 @@ class RewardTrainer(GroupedByLength, Trainer):
         loss = bradley_terry_loss(chosen, rejected, margin=margin, centre=self.centre).mean()
         return (loss, torch.stack([chosen, rejected], dim=1)) if return_outputs else loss
 
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Loss, scores (B, 2) of chosen and rejected summaries, and labels (B,), all 1."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, scores = self.compute_loss(model, inputs, return_outputs=True)
-        if prediction_loss_only:
-            return loss, None, None
-        # The Trainer calls compute_metrics only where there are labels; a pair's label is its order.
-        return loss, scores, torch.ones(len(scores), device=scores.device)
-
-
-def _pair_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    chosen, rejected = np.asarray(prediction.predictions, dtype=float).T
-    return {
-        "accuracy": float(np.mean(chosen > rejected)),
-        "margin": float(np.mean(chosen - rejected)),
-        "score": float(np.mean((chosen + rejected) / 2)),
-    }
+    def held_out(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Loss, accuracy, margin and mean score of a batch of pairs."""
+        loss, scores = self.compute_loss(model, inputs, return_outputs=True)
+        margin = scores[:, 0] - scores[:, 1]
+        return {"loss": loss, "accuracy": (margin > 0).float().mean(), "margin": margin.mean(), "score": scores.mean()}
 
 
 def score_pairs(

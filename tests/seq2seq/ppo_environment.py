@@ -1,10 +1,5 @@
-"""A world small enough for tests: random sources, a random T5, one point for every ``w5`` in the completion.
+"""A world small enough for tests: random sources, a random T5, one point for every ``w5`` in the completion."""
 
-As a script it trains in the folder it is given, going on from the newest whole checkpoint, and writes what came out.
-"""
-
-import json
-import sys
 from pathlib import Path
 
 import torch
@@ -116,26 +111,3 @@ def make_trainer(
         samples_file=Path(folder) / "samples.jsonl",
         callbacks=callbacks,
     )
-
-
-def main(folder: Path) -> None:
-    """Train, or go on with training, in ``folder``."""
-    import safetensors.torch
-
-    from pipelines.config import StageConfig
-    from pipelines.seq2seq.training import checkpoint_marker, last_checkpoint
-
-    options = {"rollouts": 4, "kl_target": 0.5, "kl_horizon": 100, "save_strategy": "steps", "save_steps": 3}
-    trainer = make_trainer(folder, callbacks=[checkpoint_marker()], **options)
-    trainer.train(resume_from_checkpoint=last_checkpoint(StageConfig(output_dir=str(folder)), folder="."))
-    if not trainer.is_world_process_zero():
-        return
-    (folder / "world").write_text(str(trainer.accelerator.num_processes))
-    weights = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-    safetensors.torch.save_file(weights, folder / "result.safetensors")
-    history = [entry for entry in trainer.state.log_history if "rollout" in entry]
-    (folder / "history.json").write_text(json.dumps(history, sort_keys=True))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -50,7 +50,7 @@ def test_the_stage_writes_a_model_logs_and_samples(options, tiny_t5, tmp_path):
     assert metrics["ppo/train_proxy_reward"] == history[-1]["objective/proxy_reward"]
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [row["rollout"] for row in samples] == [r for r in range(3) for _ in range(4)]
-    assert set(samples[0]) == {"rollout", "id", "text", "reward", "gold"}
+    assert set(samples[0]) == {"rollout", "id", "document", "text", "reward", "gold", "kl"}
     trained = T5ForConditionalGeneration.from_pretrained(folder)
     before = T5ForConditionalGeneration.from_pretrained(tiny_t5)
     assert not torch.equal(trained.shared.weight, before.shared.weight)
