@@ -90,7 +90,18 @@ def _number(value: Any, column: str, place: str, what: str) -> float:
     return float(value)
 
 
-def _check_column(rows: Rows, field: str, name: str, option: bool = True) -> None:
+def check_column(rows: Rows, field: str, name: str, option: bool = True) -> None:
+    """Refuse a column that is not there, or holds numbers where texts are wanted.
+
+    Args:
+        rows: of a source.
+        field: the configuration field that names the column, or that named the source.
+        name: of the column.
+        option: whether the user can name another column by ``field``.
+
+    Raises:
+        UserError: with the columns there are.
+    """
     if name in rows.columns:
         values = [row.get(name) for _, row in rows.rows]
         if not rows.typed and all(_is_number(value) for value in values):
@@ -122,10 +133,10 @@ def _cell(row: dict[str, Any], column: str, place: str, what: str) -> Any:
 
 
 def _corpus_examples(rows: Rows, split: str, fields: CorpusFields) -> list[Example]:
-    _check_column(rows, "text_column", fields.text_column)
-    _check_column(rows, "summary_column", fields.summary_column)
+    check_column(rows, "text_column", fields.text_column)
+    check_column(rows, "summary_column", fields.summary_column)
     if fields.id_column != "id":
-        _check_column(rows, "id_column", fields.id_column)
+        check_column(rows, "id_column", fields.id_column)
     examples = []
     for place, row in rows.rows:
         text = _cell(row, fields.text_column, place, rows.what)
@@ -133,12 +144,12 @@ def _corpus_examples(rows: Rows, split: str, fields: CorpusFields) -> list[Examp
         references = references_of(summary, fields.summary_column, place, rows.what)
         document = text_of(text, fields.text_column, place, rows.what)
         examples.append({"document": document, "summary": references[0], "references": references})
-    return _with_ids(examples, [row.get(fields.id_column) for _, row in rows.rows], split)
+    return with_ids(examples, [row.get(fields.id_column) for _, row in rows.rows], split)
 
 
 def _preference_examples(rows: Rows, split: str, fields: PreferenceFields) -> list[Example]:
     for column in ("prompt", "chosen", "rejected"):
-        _check_column(rows, rows.what, column, option=False)
+        check_column(rows, rows.what, column, option=False)
     examples = []
     for place, row in rows.rows:
         texts = {c: _cell(row, c, place, rows.what) for c in ("prompt", "chosen", "rejected")}
@@ -158,12 +169,12 @@ def _preference_examples(rows: Rows, split: str, fields: PreferenceFields) -> li
                 raise UserError(rows.what, place, problem, "swap the two or drop that pair")
         example |= scores | {"margin": scores["chosen_score"] - scores["rejected_score"]}
         examples.append(example)
-    return _with_ids(examples, [row.get("id") for _, row in rows.rows], split)
+    return with_ids(examples, [row.get("id") for _, row in rows.rows], split)
 
 
 def _ranking_examples(rows: Rows, split: str, fields: RankingFields) -> list[Example]:
     for column in ("prompt", "completions", "ranking"):
-        _check_column(rows, rows.what, column, option=False)
+        check_column(rows, rows.what, column, option=False)
     examples = []
     for place, row in rows.rows:
         texts = _cell(row, "completions", place, rows.what)
@@ -179,7 +190,7 @@ def _ranking_examples(rows: Rows, split: str, fields: RankingFields) -> list[Exa
         ranking = _ranking_of(_cell(row, "ranking", place, rows.what), len(completions), place, rows.what)
         prompt = text_of(_cell(row, "prompt", place, rows.what), "prompt", place, rows.what)
         examples.append({"prompt": prompt, "completions": completions, "ranking": ranking})
-    return _with_ids(examples, [row.get("id") for _, row in rows.rows], split)
+    return with_ids(examples, [row.get("id") for _, row in rows.rows], split)
 
 
 def _ranking_of(value: Any, count: int, place: str, what: str) -> list[int]:
@@ -196,8 +207,8 @@ def _ranking_of(value: Any, count: int, place: str, what: str) -> list[int]:
     return list(value)
 
 
-def _with_ids(examples: list[Example], given: list[Any], split: str) -> list[Example]:
-    """Puts the given ids in front where they are all there and unique, else ``train-0``, ``train-1`` …"""
+def with_ids(examples: list[Example], given: list[Any], split: str) -> list[Example]:
+    """Examples with an ``id``: the given ids where they are all there and unique, else ``train-0``, ``train-1`` …"""
     sound = all(isinstance(i, (str, int)) and not isinstance(i, bool) for i in given) and len(set(given)) == len(given)
     ids = map(str, given) if sound else (f"{split}-{index}" for index in range(len(given)))
     return [{"id": identifier, **example} for identifier, example in zip(ids, examples, strict=True)]
@@ -287,7 +298,7 @@ def _splits_of(value: str, what: str, config: str | None = None) -> tuple[dict[s
     return load_hub(value, what, config), True
 
 
-def _gather(sources: dict[str, tuple[str, str | None]], config: str | None) -> dict[str, Any]:
+def gather(sources: dict[str, tuple[str, str | None]], config: str | None) -> dict[str, Any]:
     """Split -> rows or dataset of the main source and the ones given for validation and test.
 
     Args:
@@ -314,6 +325,31 @@ def _gather(sources: dict[str, tuple[str, str | None]], config: str | None) -> d
     return splits
 
 
+def split_examples(
+    found: dict[str, Any],
+    sources: dict[str, tuple[str, str | None]],
+    fields: SplitFields,
+    key: str,
+    examples_of: Callable[[Rows, str, Any], list[Example]],
+) -> dict[str, list[Example]]:
+    """The examples of every split that ``gather`` found; those that are missing are made out of ``train``.
+
+    Args:
+        found: split -> rows or dataset.
+        sources: as given to ``gather``.
+        fields: how splits are made; passed on to ``examples_of``.
+        key: what an example is grouped by when it is split.
+        examples_of: (rows, split, fields) -> examples.
+    """
+    splits = {}
+    for split, part in found.items():
+        what, value = sources[split] if sources[split][1] is not None else sources["train"]
+        rows = part if isinstance(part, Rows) else from_dataset(part, what, value, split)
+        splits[split] = examples_of(rows, split, fields)
+    _complete(splits, key, fields, *sources["train"])
+    return splits
+
+
 def _load(
     sources: dict[str, tuple[str, str | None]],
     fields: SplitFields,
@@ -325,17 +361,12 @@ def _load(
 ) -> DatasetDict:
     import datasets
 
-    found = _gather(sources, config)
+    found = gather(sources, config)
     if as_they_are and set(found) == set(SPLITS) and all(_is_sound(part, columns) for part in found.values()):
         extra = [c for c in found["train"].column_names if c == "name"]
         ready = {split: found[split].select_columns([*columns, *extra]) for split in SPLITS}
         return _limited(datasets.DatasetDict(ready), fields)
-    splits = {}
-    for split, part in found.items():
-        what, value = sources[split] if sources[split][1] is not None else sources["train"]
-        rows = part if isinstance(part, Rows) else from_dataset(part, what, value, split)
-        splits[split] = examples_of(rows, split, fields)
-    _complete(splits, key, fields, *sources["train"])
+    splits = split_examples(found, sources, fields, key, examples_of)
     return _limited(as_datasets(splits), fields)
 
 
