@@ -183,7 +183,7 @@ def _stacked(pixels: Iterable[tuple[str, np.ndarray]]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(whole.transpose(0, 3, 1, 2)))
 
 
-# ----------------------------------------------------------------------------------------------------- folders of images
+# ---------------------------------------------------------------------------------------------------- folders of images
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -253,7 +253,7 @@ def _read_image(path: Path, wanted: Wanted) -> np.ndarray:
         raise UserError("dataset", path, problem, "mend or remove the file") from None
 
 
-# -------------------------------------------------------------------------------------------------- tables with a column
+# ------------------------------------------------------------------------------------------------ tables with a column
 
 
 def is_saved_dataset(folder: Path) -> bool:
