@@ -50,6 +50,11 @@ def plural(noun: str) -> str:
     return str(_engine().plural_noun(noun))
 
 
+def indefinite(word: str) -> str:
+    """The word behind its indefinite article, as ``inflect`` writes it: *an axis*."""
+    return str(_engine().a(word))
+
+
 def regular_plural(noun: str) -> str:
     """The plural by the rules of spelling alone: -es after a sibilant, -ies for -y after a consonant, else -s."""
     if re.search(r"(s|x|z|ch|sh)$", noun, re.IGNORECASE):
