@@ -59,19 +59,20 @@ class ChoiceScore:
     """Log-probability of one continuation after its prompt.
 
     Attributes:
-        log_prob: sum over its tokens, nats.
+        log_prob: sum over its tokens, nats; NaN where it failed.
         tokens: how many these are.
+        failure: why there is none.
     """
 
     log_prob: float
     tokens: int
+    failure: str | None = None
 
 
 class Backend(Protocol):
     """Answers prompts."""
 
     name: str
-    gives_log_probs: bool
 
     def generate(
         self, prompts: Sequence[str], sampling: Sampling, *, samples: int = 1, progress: str | None = None
