@@ -268,7 +268,7 @@ class PPOTrainer(Trainer):
         mask = data["completion_mask"][rows]
         kl = sequence_sum(data["log_probs"][rows] - data["reference"][rows], mask).tolist()
         ids = data["completion_ids"][rows].tolist()
-        texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
+        texts = [self.processing_class.decode(row, skip_special_tokens=True) for row in ids]
         found = []
         for i, (text, row) in enumerate(zip(texts, rows.tolist(), strict=True)):
             line = {"rollout": number, "id": examples[i]["id"], "document": examples[i]["document"]}
