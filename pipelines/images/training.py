@@ -90,7 +90,11 @@ def adam(
     return torch.optim.AdamW(parameters, lr=rate, betas=betas, weight_decay=config.weight_decay, fused=True)
 
 
-def run_method(config: ImageTrainingConfig, build: Callable[[Any, ImageSet], Method]) -> dict[str, float]:
+def run_method(
+    config: ImageTrainingConfig,
+    build: Callable[[Any, ImageSet], Method],
+    save: Callable[[Loop, list[dict[str, Any]], Batch, int], None] | None = None,
+) -> dict[str, float]:
     """Load images, build a method, train it, measure it, draw it and save its pipeline into ``output_dir``.
 
     The folder is then that of a diffusers pipeline, with ``log_history.json``, ``timing.json`` (seconds of training by
@@ -100,6 +104,7 @@ def run_method(config: ImageTrainingConfig, build: Callable[[Any, ImageSet], Met
     Args:
         config: of the stage.
         build: makes the method, its parts initialized from torch's global generator, which is seeded before.
+        save: writes another folder than that: of the trained loop, its log, some test images and how many classes.
 
     Returns:
         ``NAME/MEASURE`` for each measure of ``method.evaluate``: mean over the test set, with ``_se`` (standard error)
@@ -134,7 +139,7 @@ def run_method(config: ImageTrainingConfig, build: Callable[[Any, ImageSet], Met
     measures = measure(method, test, config, accelerator)
     if accelerator.is_main_process:
         with torch.no_grad(), accelerator.autocast():
-            _save(loop, history, _shown(test, config, accelerator.device), len(images.classes))
+            (save or _save)(loop, history, _shown(test, config, accelerator.device), len(images.classes))
     accelerator.wait_for_everyone()
     counts = {"steps": steps, "train_examples": len(images.train), "test_examples": len(images.test)}
     counts["parameters"] = sum(p.numel() for part in method.parts.values() for p in part.parameters())
