@@ -45,7 +45,7 @@ def packed_length(limit: int, density: float, mean_span: float) -> int:
     """The most tokens of text whose corrupted source fits into ``limit`` tokens.
 
     Raises:
-        ValueError: a limit below 4: one token kept, a sentinel, the end mark, and a text of two tokens to begin with.
+        ValueError: a limit below 3, which one token that is kept, a sentinel and the end mark take.
     """
     if limit < 3:
         raise ValueError(f"no corrupted text fits into {limit} tokens")
