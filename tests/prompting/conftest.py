@@ -1,0 +1,63 @@
+"""A tiny model in a folder, and a real ``transformers serve`` process that serves it."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.prompting.tiny_causal import save, tiny_causal, tiny_tokenizer
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A saved random Llama with a chat template."""
+    tokenizer = tiny_tokenizer(chat=True)
+    return save(tmp_path_factory.mktemp("models") / "tiny", tiny_causal("llama", len(tokenizer)), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def served(tiny_folder, tmp_path_factory):
+    """``url`` of the server, ``root`` without /v1, and ``model``, the name it goes by there."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("serve") / "log"
+    words = ["serve", str(tiny_folder), "--device", "cpu", "--port", str(port), "--host", "127.0.0.1"]
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-c", "from transformers.cli.transformers import main; main()", *words],
+            stdout=file,
+            stderr=file,
+        )
+    root = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            assert process.poll() is None, log.read_text()
+            try:
+                with urllib.request.urlopen(f"{root}/health", timeout=5):
+                    break
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                time.sleep(0.2)
+        else:
+            raise AssertionError(log.read_text())
+        yield SimpleNamespace(url=f"{root}/v1", root=root, model=str(tiny_folder), log=log)
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def pytest_collection_modifyitems(items):
+    """Keep the tests that ask the server in one worker: it takes long to start."""
+    for item in items:
+        if HERE in item.path.parents and "served" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("served"))
