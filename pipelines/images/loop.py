@@ -9,7 +9,6 @@ Gradients are averaged by hand instead of by ``DistributedDataParallel``: a meth
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -21,16 +20,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
+from pipelines.images.checkpoints import Trained, read_state, write_state
 from pipelines.images.data import Images
 from pipelines.images.method import Batch, Draws, Method
 from pipelines.images.pictures import save_grid
 from pipelines.precision import choose_precision
-from pipelines.stage import CHECKPOINTS, write_json
+from pipelines.stage import CHECKPOINTS
 from pipelines.training import check_finite, checkpoint_folder, clean_history, last_checkpoint, mark_whole
 
 if TYPE_CHECKING:
@@ -100,6 +99,7 @@ class Loop:
             name: EMAModel(method.parts[name].parameters(), decay=config.ema_decay, foreach=True)
             for name in (method.averaged if config.ema_decay else ())
         }
+        self._trained = Trained(method.parts, self.optimizers, self.schedulers, self.averages, accelerator.scaler)
         self.step, self.seconds, self.log = 0, 0.0, []
         self._order: tuple[int, Tensor] | None = None
 
@@ -128,8 +128,9 @@ class Loop:
         """One optimizer step of one part; returns what is to be logged."""
         phase = self.method.phases[number]
         optimizer, sums = self.optimizers[phase], {}
-        for name, part in self.method.parts.items():
-            part.requires_grad_(name == phase)
+        if len(self.method.parts) > 1:
+            for name, part in self.method.parts.items():
+                part.requires_grad_(name == phase)
         optimizer.zero_grad()
         for part, batch in batches:
             with self.accelerator.autocast():
@@ -263,10 +264,8 @@ class Loop:
     def _save(self) -> None:
         folder = checkpoint_folder(Path(self.config.output_dir) / CHECKPOINTS, self.step)
         if self.accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            tensors, plain = self._state()
-            save_file(tensors, folder / "state.safetensors")
-            write_json(folder / "state.json", plain)
+            plain = {"step": self.step, "seconds": self.seconds, "log": self.log}
+            write_state(folder, self._trained, plain)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             mark_whole(folder)
@@ -274,60 +273,11 @@ class Loop:
             for old in whole[:-2]:
                 shutil.rmtree(old, ignore_errors=True)
 
-    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that the rest of the run depends on: tensors, and what is not a tensor."""
-        tensors: dict[str, Tensor] = {}
-        plain: dict[str, Any] = {"step": self.step, "seconds": self.seconds, "log": self.log, "phases": {}}
-        for name, part in self.method.parts.items():
-            tensors |= {f"part/{name}/{key}": value for key, value in part.state_dict().items()}
-        for name, average in self.averages.items():
-            tensors |= {f"average/{name}/{i}": value for i, value in enumerate(average.shadow_params)}
-        for phase, optimizer in self.optimizers.items():
-            state = optimizer.state_dict()
-            for index, values in state["state"].items():
-                tensors |= {f"optimizer/{phase}/{index}/{key}": value for key, value in values.items()}
-            plain["phases"][phase] = {
-                "groups": [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]],
-                "scheduler": {k: v for k, v in self.schedulers[phase].state_dict().items() if k != "lr_lambdas"},
-            }
-        if self.accelerator.scaler is not None:
-            plain["scaler"] = self.accelerator.scaler.state_dict()
-        # safetensors takes no two names of one memory; a copy has its own
-        return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}, plain
-
     def _resume(self) -> None:
         checkpoint = last_checkpoint(self.config)
-        if checkpoint is None:
-            return
-        plain = json.loads((Path(checkpoint) / "state.json").read_text(encoding="utf-8"))
-        found: dict[tuple[str, str], dict[str, Tensor]] = {}
-        for name, value in load_file(Path(checkpoint) / "state.safetensors").items():
-            kind, owner, key = name.split("/", 2)
-            found.setdefault((kind, owner), {})[key] = value
-        for name, part in self.method.parts.items():
-            part.load_state_dict(found.get(("part", name), {}))
-        for name, average in self.averages.items():
-            for i, shadow in enumerate(average.shadow_params):
-                shadow.copy_(found["average", name][str(i)])
-            average.optimization_step = plain["step"]
-        for phase, optimizer in self.optimizers.items():
-            state, fresh = {}, optimizer.state_dict()
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            for name, value in found.get(("optimizer", phase), {}).items():
-                index, key = name.split("/")
-                # in the parameter's own memory layout, which decides the order of sums
-                like = parameters[int(index)]
-                own = torch.empty_like(like, dtype=value.dtype).copy_(value) if value.shape == like.shape else value
-                state.setdefault(int(index), {})[key] = own
-            groups = [
-                group | {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-                for group, saved in zip(fresh["param_groups"], plain["phases"][phase]["groups"], strict=True)
-            ]
-            optimizer.load_state_dict({"state": state, "param_groups": groups})
-            self.schedulers[phase].load_state_dict(plain["phases"][phase]["scheduler"] | {"lr_lambdas": [None]})
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(plain["scaler"])
-        self.step, self.seconds, self.log = plain["step"], plain["seconds"], plain["log"]
+        if checkpoint is not None:
+            plain = read_state(Path(checkpoint), self._trained)
+            self.step, self.seconds, self.log = plain["step"], plain["seconds"], plain["log"]
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -90,6 +91,7 @@ class VAEMethod:
                 noise = draws.normal(min(_TOGETHER, count - start), self.config.latent_dim).transpose(0, 1)
                 z = sample_gaussian(m, v, noise)
                 weights.append(log_weights(network.reconstruction(batch.images, z), z, m, v))
+            found["bits_per_pixel"] = found["negative_elbo"] / (math.log(2) * batch.images[0].numel())
             if count:
                 found["importance_weighted"] = importance_weighted_bound(torch.cat(weights))
         return found

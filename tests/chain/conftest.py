@@ -1,10 +1,12 @@
 """A whole chain on a toy language, small enough to run many times."""
 
+import contextlib
 import hashlib
 import json
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,13 +83,12 @@ class ForkServer:
         return json.loads(line)
 
 
-@pytest.fixture(scope="session")
-def genalign(tmp_path_factory):
-    """A ForkServer for the session."""
-    logs = tmp_path_factory.mktemp("logs")
+@contextlib.contextmanager
+def fork_server(script: Path, logs: Path) -> Iterator[ForkServer]:
+    """A ForkServer in whose process ``script`` has done its imports."""
     with (logs / "server.log").open("w") as errors:
         process = subprocess.Popen(
-            [sys.executable, str(HERE / "forkserver.py")],
+            [sys.executable, str(script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -96,6 +97,13 @@ def genalign(tmp_path_factory):
         yield ForkServer(process, logs)
         process.stdin.close()
         process.wait(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def genalign(tmp_path_factory):
+    """A ForkServer for the session."""
+    with fork_server(HERE / "forkserver.py", tmp_path_factory.mktemp("logs")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

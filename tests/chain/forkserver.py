@@ -30,6 +30,11 @@ def main() -> None:
 
     heavy = (accelerate, datasets, peft, transformers, trl, AutoModelForSeq2SeqLM, Seq2SeqTrainer)
     heavy += (T5ForConditionalGeneration, DPOTrainer)
+    serve()
+
+
+def serve() -> None:
+    """Answer requests until standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         request = json.loads(line)
