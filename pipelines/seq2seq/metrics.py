@@ -271,6 +271,46 @@ def with_interval(key: str, values: Sequence[float] | np.ndarray, *, resamples: 
     return {key: mean, f"{key}_ci_low": low, f"{key}_ci_high": high}
 
 
+def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval (1927) of a share of ``count`` trials, at 95 % by default."""
+    centre = share + z**2 / (2 * count)
+    spread = z * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
+    scale = 1 + z**2 / count
+    # It holds the share itself; at 0 and 1 rounding would put it outside.
+    return max(0.0, min(share, (centre - spread) / scale)), min(1.0, max(share, (centre + spread) / scale))
+
+
+def calibration_bins(
+    confidence: np.ndarray, right: np.ndarray, *, low: float = 0.0, bins: int = 10
+) -> tuple[list[dict[str, float]], float]:
+    """How far confidence agrees with how often it is right, in bins of equal width over [low, 1].
+
+    The interval of a bin is Wilson's at 95 %.
+
+    Args:
+        confidence: (N,) probabilities given to the verdicts.
+        right: (N,) 1 where the verdict is right, 0 where not, or between.
+        low: the least confidence there can be.
+        bins: how many.
+
+    Returns:
+        The non-empty bins as ``{"predicted", "observed", "low", "high", "count"}``, and the expected calibration error
+        Σ (n_b / N)·|observed_b − predicted_b| (Naeini et al. 2015).
+    """
+    place = np.clip(((confidence - low) / (1 - low) * bins).astype(int), 0, bins - 1)
+    found, error = [], 0.0
+    for index in range(bins):
+        inside = place == index
+        count = int(inside.sum())
+        if not count:
+            continue
+        predicted, observed = float(confidence[inside].mean()), float(right[inside].mean())
+        bottom, top = wilson_interval(observed, count)
+        found.append({"predicted": predicted, "observed": observed, "low": bottom, "high": top, "count": count})
+        error += count / len(confidence) * abs(observed - predicted)
+    return found, error
+
+
 def wins(scores: Sequence[float] | np.ndarray, rivals: Sequence[float] | np.ndarray) -> np.ndarray:
     """1 where the score is above the rival's, 0 where below, 0.5 at a tie: (N,). Their mean is the win rate."""
     scores, rivals = np.asarray(scores, dtype=float), np.asarray(rivals, dtype=float)

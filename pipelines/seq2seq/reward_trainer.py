@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from pipelines.seq2seq.collators import PAIR_COLUMNS, GroupedByLength, PairCollator
 from pipelines.seq2seq.held_out import HeldOutMeans
 from pipelines.seq2seq.losses import bradley_terry_loss
+from pipelines.seq2seq.metrics import calibration_bins
 from pipelines.seq2seq.reward_model import EncoderDecoderRewardModel, score_tokens
 
 
@@ -124,24 +125,4 @@ def calibration(chosen: np.ndarray, rejected: np.ndarray, bins: int = 10) -> tup
     difference = np.asarray(chosen, dtype=float) - np.asarray(rejected, dtype=float)
     confidence = F.sigmoid(torch.from_numpy(np.abs(difference))).numpy()
     right = np.where(difference > 0, 1.0, np.where(difference < 0, 0.0, 0.5))
-    place = np.clip(((confidence - 0.5) * 2 * bins).astype(int), 0, bins - 1)
-    found, error = [], 0.0
-    for index in range(bins):
-        inside = place == index
-        count = int(inside.sum())
-        if not count:
-            continue
-        predicted, observed = float(confidence[inside].mean()), float(right[inside].mean())
-        low, high = wilson_interval(observed, count)
-        found.append({"predicted": predicted, "observed": observed, "low": low, "high": high, "count": count})
-        error += count / len(difference) * abs(observed - predicted)
-    return found, error
-
-
-def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval (1927) of a share of ``count`` trials, at 95 % by default."""
-    centre = share + z**2 / (2 * count)
-    spread = z * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
-    scale = 1 + z**2 / count
-    # It holds the share itself; at 0 and 1 rounding would put it outside.
-    return max(0.0, min(share, (centre - spread) / scale)), min(1.0, max(share, (centre + spread) / scale))
+    return calibration_bins(confidence, right, low=0.5, bins=bins)

@@ -13,9 +13,10 @@ from tiny_models import FAMILIES, save_pairs, tiny, tiny_batch
 
 from pipelines.errors import UserError
 from pipelines.seq2seq.collators import GroupedByLength, LengthGroupedSampler, PairCollator, pad_rows
+from pipelines.seq2seq.metrics import wilson_interval
 from pipelines.seq2seq.reward import RewardConfig, reward
 from pipelines.seq2seq.reward_model import EncoderDecoderRewardModel, RewardScorer, load_reward_model
-from pipelines.seq2seq.reward_trainer import RewardTrainer, calibration, wilson_interval
+from pipelines.seq2seq.reward_trainer import RewardTrainer, calibration
 from pipelines.seq2seq.training import LengthConfig, last_checkpoint
 
 
