@@ -22,6 +22,7 @@ MAX_DOCUMENT_CHARACTERS = 1000
 
 MIN_SUMMARY_WORDS, MAX_SUMMARY_WORDS = 4, 30
 MIN_BODY_CHARACTERS = 40
+MIN_TEXT_WORDS = 5
 
 
 @dataclass(frozen=True)
@@ -244,16 +245,10 @@ def pairs_of(source: bytes, module: str, max_characters: int = MAX_DOCUMENT_CHAR
         module: its dotted module name.
         max_characters: documents are cut after the last whole line within this many characters.
     """
-    if (b'"""' not in source and b"'''" not in source) or _GENERATED.search(source[:2000]):
+    tree = _parsed(source)
+    if tree is None:
         return []
-    try:
-        text = source.decode("utf-8-sig").replace("\r\n", "\n").replace("\f", " ")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return []
-    lines = text.split("\n")
+    lines = _text(source).split("\n")
     pairs = []
     for name, node in _definitions(tree, module):
         node_text = _docstring_node(node)
@@ -276,8 +271,49 @@ def _repeats(code: str, summary: str) -> bool:
     return " ".join(_WORD.findall(summary.lower())) in " ".join(_WORD.findall(code.lower()))
 
 
+def texts_of(source: bytes, module: str) -> list[list[str]]:
+    """``[qualified name, text]`` of every docstring of one Python file, whole, with its indentation taken off.
+
+    Modules, classes and functions count, nested and private ones too; those of fewer than ``MIN_TEXT_WORDS`` words say
+    nothing. What is generated or cannot be parsed gives none, as in ``pairs_of``.
+    """
+    tree = _parsed(source)
+    if tree is None:
+        return []
+    found = []
+    stack: list[tuple[str, ast.AST]] = [(module, tree)]
+    while stack:
+        name, node = stack.pop()
+        text = ast.get_docstring(node) if isinstance(node, (ast.Module, *_DEFINITIONS)) else None
+        if text and len(text.split()) >= MIN_TEXT_WORDS:
+            found.append([name, text.strip()])
+        for child in reversed(list(_statements(node))):
+            stack.append((f"{name}.{child.name}" if isinstance(child, _DEFINITIONS) else name, child))
+    return found
+
+
+def _parsed(source: bytes) -> ast.Module | None:
+    """The syntax tree of a file that holds docstrings people wrote; None of any other."""
+    if (b'"""' not in source and b"'''" not in source) or _GENERATED.search(source[:2000]):
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ast.parse(_text(source))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _text(source: bytes) -> str:
+    return source.decode("utf-8-sig").replace("\r\n", "\n").replace("\f", " ")
+
+
 def _main() -> None:
-    """Worker: ``[[path, module], …]`` as JSON on stdin; for each, a JSON list of its pairs as one line on stdout."""
+    """Worker: ``[[path, module], …]`` as JSON on stdin; for each, a JSON list of its pairs as one line on stdout.
+
+    With the argument ``texts``: of its docstrings.
+    """
+    read = texts_of if sys.argv[1:] == ["texts"] else _rows
     # Syntax trees hold no cycles, and the collector would walk their millions of nodes again and again.
     gc.disable()
     for path, module in json.load(sys.stdin):
@@ -286,8 +322,11 @@ def _main() -> None:
                 source = file.read()
         except OSError:
             source = b""
-        pairs = [[pair.name, pair.document, pair.summary] for pair in pairs_of(source, module)]
-        print(json.dumps(pairs), flush=True)
+        print(json.dumps(read(source, module)), flush=True)
+
+
+def _rows(source: bytes, module: str) -> list[list[str]]:
+    return [[pair.name, pair.document, pair.summary] for pair in pairs_of(source, module)]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field
 
 from pipelines.config import Problem, Source, config
@@ -107,6 +109,53 @@ class CorpusFields(SplitFields):
 
         found = dict(_parent(self, SplitFields, "environment", {}))
         return found | ({EMBEDDED: environment_key()} if self.dataset == EMBEDDED else {})
+
+
+@config
+class TextFields:
+    """Documents without summaries, to pretrain on: the embedded raw text, own files, or a hub id."""
+
+    text: Source = Field(
+        EMBEDDED,
+        description="pydocs (embedded: all docstrings and prose documentation of the installed packages), a folder "
+        "that the text stage saved, a .txt, .md, .rst or .jsonl file, a folder of such files, or a hub id (streamed)",
+    )
+    site_packages: str | None = Field(
+        None, description="folder of further installed packages whose text pydocs reads too; none of them is imported"
+    )
+    text_config: str | None = Field(None, description="configuration of a hub data set of texts")
+    raw_column: str = Field("text", description="column of the texts in .jsonl files and hub data sets")
+    max_documents: int | None = Field(
+        None, ge=2, description="read at most so many documents of a file, folder or hub data set"
+    )
+    text_validation_fraction: float = Field(
+        0.01, gt=0, lt=1, description="share of those documents that is held out (pydocs holds out whole packages)"
+    )
+    pairs: Source | None = Field(
+        None,
+        description="documents with summaries to mix in, whatever `dataset` of the corpus stage takes (its test split "
+        "is never read); left out: those of text, where it is pydocs or was saved with pairs",
+    )
+
+    def problems(self) -> list[Problem]:
+        found = list(_parent(self, TextFields, "problems", []))
+        if self.site_packages is not None:
+            folder = Path(self.site_packages).expanduser()
+            if self.text != EMBEDDED:
+                problem, mend = f"is read for text={EMBEDDED} only, and text is {self.text}", "drop one of the two"
+                found.append(Problem("site_packages", self.site_packages, problem, mend))
+            elif not any(folder.glob("*.dist-info")):
+                problem = "holds no installed packages" if folder.is_dir() else "no such folder"
+                mend = "give the folder that `pip install --target FOLDER` made, or a site-packages folder"
+                found.append(Problem("site_packages", self.site_packages, problem, mend))
+        return found
+
+    def environment(self) -> dict[str, str]:
+        """The versions of the packages read, where the text is theirs."""
+        from pipelines.corpus.packages import text_key
+
+        found = dict(_parent(self, TextFields, "environment", {}))
+        return found | ({"text": text_key(self.site_packages)} if self.text == EMBEDDED else {})
 
 
 @config

@@ -410,7 +410,7 @@ def as_datasets(splits: dict[str, list[Example]]) -> DatasetDict:
     import datasets
 
     made: dict[str, Dataset] = {}
-    for split in SPLITS:
+    for split in [split for split in SPLITS if split in splits]:
         columns = list(splits[split][0])
         values = {column: [example[column] for example in splits[split]] for column in columns}
         made[split] = datasets.Dataset.from_dict(values, features=_features(columns))

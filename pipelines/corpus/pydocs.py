@@ -61,19 +61,30 @@ class Package:
     files: tuple[tuple[str, str], ...]
 
 
-def installed_packages(path: Sequence[str] | None = None) -> list[Package]:
-    """The distributions to read, sorted by name, each with its own source files (no tests, no vendored copies).
+def distributions(path: Sequence[str] | None = None) -> list[tuple[str, importlib.metadata.Distribution]]:
+    """``(normalized name, distribution)`` of every installed package but the excluded ones, sorted by name.
 
     Args:
         path: folders to look in instead of ``sys.path`` (as for ``importlib.metadata.distributions``).
     """
-    found: dict[str, Package] = {}
+    found: dict[str, importlib.metadata.Distribution] = {}
     places = {} if path is None else {"path": list(path)}
     for distribution in importlib.metadata.distributions(**places):
         name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
         # The first one on the path is the one that would be imported.
-        if not name or name in EXCLUDED_PACKAGES or name in found:
-            continue
+        if name and name not in EXCLUDED_PACKAGES:
+            found.setdefault(name, distribution)
+    return sorted(found.items())
+
+
+def installed_packages(path: Sequence[str] | None = None) -> list[Package]:
+    """The distributions to read, sorted by name, each with its own source files (no tests, no vendored copies).
+
+    Args:
+        path: as for ``distributions``.
+    """
+    found = []
+    for name, distribution in distributions(path):
         files = []
         for file in sorted(distribution.files or [], key=lambda f: f.as_posix()):
             if file.suffix != ".py" or not _is_own_source(file.parts):
@@ -81,17 +92,21 @@ def installed_packages(path: Sequence[str] | None = None) -> list[Package]:
             module = ".".join(file.with_suffix("").parts).removesuffix(".__init__")
             files.append((str(file.locate()), module))
         if files:
-            found[name] = Package(name, distribution.version, tuple(files))
-    return sorted(found.values(), key=lambda package: package.name)
+            found.append(Package(name, distribution.version, tuple(files)))
+    return found
+
+
+def is_own(parts: tuple[str, ...]) -> bool:
+    """Whether the file of these path parts lies outside tests, vendored copies and hidden folders."""
+    return not any(part in _SKIPPED_PARTS or part.startswith((".", "test_")) for part in parts[:-1])
 
 
 def _is_own_source(parts: tuple[str, ...]) -> bool:
-    if any(part in _SKIPPED_PARTS or part.startswith((".", "test_")) for part in parts[:-1]):
-        return False
     stem = parts[-1].removesuffix(".py")
     # What is not a module of its package (scripts in ../../bin, data files) has no qualified name.
     return (
-        stem not in _SKIPPED_PARTS
+        is_own(parts)
+        and stem not in _SKIPPED_PARTS
         and not stem.startswith("test_")
         and all(p.isidentifier() for p in (*parts[:-1], stem))
     )
@@ -107,8 +122,10 @@ def environment_key(packages: Sequence[Package] | None = None) -> str:
     return digest.hexdigest()[:24]
 
 
-def extract(packages: Sequence[Package], workers: int | None = None) -> list[list[list[str]]]:
+def extract(packages: Sequence[Package], workers: int | None = None, texts: bool = False) -> list[list[list[str]]]:
     """For each package its ``[name, document, summary]`` rows in the order of its files, for any number of workers.
+
+    With ``texts``: its ``[name, docstring]`` rows, of whole docstrings.
 
     Each worker is an interpreter of its own that runs ``docstrings.py`` as a plain script, so that neither the caller's
     threads nor its main module matter.
@@ -125,7 +142,7 @@ def extract(packages: Sequence[Package], workers: int | None = None) -> list[lis
     with tqdm(total=len(jobs), desc="reading docstrings", unit="file", disable=len(jobs) < 100) as bar:
 
         def work(first: int) -> None:
-            command = [sys.executable, "-I", docstrings.__file__]
+            command = [sys.executable, "-I", docstrings.__file__, *["texts"] * texts]
             with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
                 process = subprocess.Popen(
                     command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8"
@@ -158,7 +175,7 @@ def words_of(text: str) -> list[str]:
     return _WORDS.findall(text.lower())
 
 
-def _n_grams(words: list[str]) -> set[tuple[str, ...]]:
+def n_grams(words: list[str]) -> set[tuple[str, ...]]:
     # zip stops at the shortest: fewer than N_GRAM words have none.
     return set(zip(*(words[i:] for i in range(N_GRAM)), strict=False))
 
@@ -170,8 +187,8 @@ def leaks(held_out: Sequence[dict[str, Any]], train: Iterable[dict[str, Any]]) -
     training summary, or if more than ``LEAKED_SHARE`` of its document's 6-grams stand in training documents.
     """
     summaries = [words_of(example["summary"]) for example in held_out]
-    documents = [_n_grams(words_of(_code(example))) for example in held_out]
-    wanted_summaries = {gram for words in summaries for gram in _n_grams(words)}
+    documents = [n_grams(words_of(code_of(example))) for example in held_out]
+    wanted_summaries = {gram for words in summaries for gram in n_grams(words)}
     wanted = wanted_summaries.union(*documents)
     in_summaries: set[tuple[str, ...]] = set()
     in_documents: set[tuple[str, ...]] = set()
@@ -180,34 +197,41 @@ def leaks(held_out: Sequence[dict[str, Any]], train: Iterable[dict[str, Any]]) -
         words = words_of(example["summary"])
         whole.add(tuple(words))
         # Streaming the training text against what is asked for keeps memory at the held-out sets' size.
-        in_summaries.update(wanted_summaries.intersection(_n_grams(words)))
-        in_documents.update(wanted.intersection(_n_grams(words_of(_code(example)))))
+        in_summaries.update(wanted_summaries.intersection(n_grams(words)))
+        in_documents.update(wanted.intersection(n_grams(words_of(code_of(example)))))
     seen = in_summaries | in_documents
     return [
         tuple(words) in whole
-        or not seen.isdisjoint(_n_grams(words))
+        or not seen.isdisjoint(n_grams(words))
         or len(grams & in_documents) > LEAKED_SHARE * len(grams)
         for words, grams in zip(summaries, documents, strict=True)
     ]
 
 
-def _code(example: dict[str, Any]) -> str:
+def code_of(example: dict[str, Any]) -> str:
     """The document without its first line, the qualified name, which is never the same in two packages."""
     return example["document"].partition("\n")[2]
 
 
-def _without_duplicates(examples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def without_duplicates(examples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The first of all examples that share a summary or the code, compared by words."""
     kept, summaries, codes = [], set(), set()
     for example in examples:
         summary = " ".join(words_of(example["summary"]))
-        code = hashlib.sha256(" ".join(words_of(_code(example))).encode()).digest()
+        code = hashlib.sha256(" ".join(words_of(code_of(example))).encode()).digest()
         if summary in summaries or code in codes:
             continue
         summaries.add(summary)
         codes.add(code)
         kept.append(example)
     return kept
+
+
+def example_of(name: str, document: str, summary: str, ids: Counter[str]) -> dict[str, Any]:
+    """An extracted row as an example; ``ids`` counts how often each name has come, so that ids are unique."""
+    ids[name] += 1
+    identifier = name if ids[name] == 1 else f"{name}#{ids[name]}"
+    return {"id": identifier, "document": document, "summary": summary, "references": [summary], "name": name}
 
 
 def build(
@@ -232,19 +256,16 @@ def build(
     package_of: dict[str, str] = {}
     ids: Counter[str] = Counter()
     for package, found in zip(packages, rows, strict=True):
-        for name, document, summary in found:
-            ids[name] += 1
-            identifier = name if ids[name] == 1 else f"{name}#{ids[name]}"
-            package_of[identifier] = package.name
-            splits[split_of.get(package.name, "train")].append(
-                {"id": identifier, "document": document, "summary": summary, "references": [summary], "name": name}
-            )
+        for row in found:
+            example = example_of(*row, ids)
+            package_of[example["id"]] = package.name
+            splits[split_of.get(package.name, "train")].append(example)
     extracted = sum(map(len, splits.values()))
     for split, names in (("train", ()), ("validation", validation), ("test", test)):
         if not splits[split]:
             listed = " ".join(names) or "any other package"
             raise UserError("dataset", "pydocs", f"no docstrings for {split}", f"pip install {listed}")
-        splits[split] = _without_duplicates(splits[split])
+        splits[split] = without_duplicates(splits[split])
 
     held_out = [*splits["validation"], *splits["test"]]
     leaked = leaks(held_out, splits["train"])

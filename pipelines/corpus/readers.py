@@ -71,7 +71,7 @@ def read_file(path: Path, what: str) -> Rows:
     return rows
 
 
-def _decode(data: bytes, path: Path, what: str, line: int = 1) -> str:
+def decode(data: bytes, path: Path, what: str, line: int = 1) -> str:
     """``data``, which begins at ``line`` of the file, as text."""
     try:
         return data.decode("utf-8-sig" if line == 1 else "utf-8")
@@ -100,19 +100,28 @@ def _object(value: Any, place: str, what: str) -> dict[str, Any]:
     raise UserError(what, place, f"{kind}, not an object with columns", 'write {"column": "text", …} on each line')
 
 
-def _json_lines(path: Path, what: str) -> Rows:
-    rows = []
+def json_lines(path: Path, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """``(place, row)`` of each line that is not blank, read one at a time.
+
+    Raises:
+        UserError: not UTF-8, not JSON or not an object, with the line.
+        OSError: cannot be read.
+    """
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
-            text = _decode(raw, path, what, number)
+            text = decode(raw, path, what, number)
             if text.strip():
                 place = f"{path} line {number}"
-                rows.append((place, _object(_parse(text, place, what), place, what)))
+                yield place, _object(_parse(text, place, what), place, what)
+
+
+def _json_lines(path: Path, what: str) -> Rows:
+    rows = list(json_lines(path, what))
     return Rows(what, str(path), rows, list(rows[0][1]) if rows else [])
 
 
 def _json(path: Path, what: str) -> Rows:
-    text = _decode(path.read_bytes(), path, what)
+    text = decode(path.read_bytes(), path, what)
     if text.lstrip()[:1] == "{":
         # JSON lines often go by this name.
         return _json_lines(path, what)
@@ -133,7 +142,7 @@ def _json(path: Path, what: str) -> Rows:
 
 
 def _csv(path: Path, what: str) -> Rows:
-    text = _decode(path.read_bytes(), path, what)
+    text = decode(path.read_bytes(), path, what)
     csv.field_size_limit(2**31 - 1)
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
