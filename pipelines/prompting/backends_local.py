@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,11 +27,52 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from pipelines.errors import UserError
 from pipelines.prompting.backends import ChoiceScore, Generation, Sampling, TokenProbability
+from pipelines.prompting.backends_fields import adapter_config, check_local
 from pipelines.seq2seq.generation import inference, length_sorted_batches
+from pipelines.seq2seq.models import loading_error
 from pipelines.seq2seq.sampling import gumbel_noise, prompt_keys, stream_keys
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_local(path: str, field: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal or encoder-decoder model, or one with a PEFT adapter, and its tokenizer, on this process's device.
+
+    Args:
+        path: folder or hub id.
+        field: the configuration field that named it, for messages.
+
+    Raises:
+        UserError: missing, without weights or tokenizer, not a language model, or not loadable without remote code.
+    """
+    from accelerate import PartialState
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    check_local(path, field)
+    adapter = adapter_config(path)
+    if adapter is not None:
+        from peft import PeftModel
+
+        base, tokenizer = load_local(str(adapter["base_model_name_or_path"]), field)
+        try:
+            model = PeftModel.from_pretrained(base, str(Path(path).expanduser()))
+        except Exception as error:
+            raise loading_error(field, path, "adapter", error) from error
+        return model.to(PartialState().device).eval(), tokenizer
+    found = str(Path(path).expanduser()) if Path(path).expanduser().exists() else path
+    try:
+        config = AutoConfig.from_pretrained(found)
+        cls = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        # safetensors only: a pickle could run code.
+        model, loading = cls.from_pretrained(found, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(found)
+    except Exception as error:
+        raise loading_error(field, path, "model", error) from error
+    if loading["missing_keys"]:
+        problem = f"its weights are not those of a language model ({min(loading['missing_keys'])} is missing)"
+        raise UserError(field, path, problem, "give one that writes text")
+    return model.to(PartialState().device).eval(), tokenizer
 
 
 class LocalBackend:

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field
 
-from pipelines.config import config
+from pipelines.config import config, fields_of, nearest, validate
 from pipelines.errors import Problem, UserError
 from pipelines.prompting.backends import ChoiceScore, Generation, Sampling, TokenProbability
 from pipelines.prompting.cache import ResponseCache, request_key
@@ -42,7 +42,6 @@ class EndpointSpec:
     )
     system: str | None = Field(None, description="chat: the system message")
     api_key_env: str | None = Field(None, description="environment variable that holds the key; null sends none")
-    api_key: str | None = Field(None, description="always null: a key is written into no configuration")
     concurrency: int = Field(4, ge=1, le=1000, description="requests on their way at once")
     timeout: float = Field(60.0, gt=0, description="seconds an answer may take")
     max_retries: int = Field(5, ge=0, le=100, description="tries again after 408, 409, 429, 5xx, dropped, timed out")
@@ -58,9 +57,6 @@ class EndpointSpec:
         elif parts.username or parts.password or parts.query:
             mend = "write the bare address, and name the key's environment variable in api_key_env"
             found.append(Problem("url", f"{parts.scheme}://{parts.hostname}/…", "holds more than an address", mend))
-        if self.api_key is not None:
-            mend = "put it into an environment variable and name that in api_key_env"
-            found.append(Problem("api_key", _HIDDEN, "a key would be written into the run's files", mend))
         if self.api_key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", self.api_key_env):
             mend = "give the variable's name, such as OPENAI_API_KEY, not the key"
             found.append(Problem("api_key_env", _HIDDEN, "not the name of an environment variable", mend))
@@ -74,13 +70,30 @@ class EndpointSpec:
         return found
 
 
-def endpoint_problems(specs: dict[str, EndpointSpec]) -> list[Problem]:
-    """What is wrong with the endpoints of a configuration, each by its name."""
-    return [
-        Problem(f"endpoints.{name}.{p.what}", p.value, p.problem, p.mend)
-        for name, spec in specs.items()
-        for p in spec.problems()
-    ]
+def read_endpoint(name: str, table: dict[str, Any]) -> EndpointSpec:
+    """The endpoint that a table of a configuration describes.
+
+    Raises:
+        UserError: one line for each mistake. Values under unknown names are not shown: one may be a key.
+    """
+    known = fields_of(EndpointSpec)
+    where = f"endpoints.{name}."
+    problems = []
+    for key in table:
+        if key in known:
+            continue
+        mend = nearest(str(key), list(known))
+        if re.search("key|token|secret|password", str(key), re.IGNORECASE):
+            mend = "put a key into an environment variable, and that variable's name into api_key_env"
+        problems.append(Problem(f"{where}{key}", _HIDDEN, "unknown key", mend))
+    kept = {key: value for key, value in table.items() if key in known}
+    try:
+        spec = validate(EndpointSpec, kept, where)
+    except UserError as error:
+        raise UserError.of(problems + error.problems) from None
+    if problems:
+        raise UserError.of(problems)
+    return spec
 
 
 class EndpointBackend:
@@ -92,13 +105,10 @@ class EndpointBackend:
         cache: where answers are kept.
 
     Raises:
-        UserError: the package ``openai`` is missing, or the configuration is wrong.
+        UserError: the package ``openai`` is missing.
     """
 
     def __init__(self, spec: EndpointSpec, *, name: str, cache: ResponseCache):
-        problems = endpoint_problems({name: spec})
-        if problems:
-            raise UserError.of(problems)
         try:
             import openai  # noqa: F401
         except ImportError:

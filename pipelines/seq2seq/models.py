@@ -77,7 +77,7 @@ def check_model(path: str, field: str) -> None:
     try:
         config = AutoConfig.from_pretrained(str(Path(path).expanduser()))
     except Exception as error:
-        raise _loading_error(field, path, "model", error) from error
+        raise loading_error(field, path, "model", error) from error
     _check_kind(config, path, field)
 
 
@@ -129,7 +129,8 @@ def _check_kind(config: Any, path: str, field: str) -> None:
         )
 
 
-def _loading_error(field: str, path: str, kind: str, error: Exception) -> UserError:
+def loading_error(field: str, path: str, kind: str, error: Exception) -> UserError:
+    """What to tell when a library could not load the ``kind`` of thing that ``field`` names."""
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if Path(path).expanduser().is_dir():
         return UserError(field, path, f"the {kind} cannot be loaded ({first})", "give a folder made by save_pretrained")
@@ -154,7 +155,7 @@ def load_tokenizer(path: str, *, field: str = "tokenizer") -> PreTrainedTokenize
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.exists() else path)
     except Exception as error:
-        raise _loading_error(field, path, "tokenizer", error) from error
+        raise loading_error(field, path, "tokenizer", error) from error
     for token in ("pad_token", "eos_token"):
         if getattr(tokenizer, token) is None:
             raise UserError(field, path, f"the tokenizer has no {token}", "give the tokenizer of a seq2seq model")
@@ -179,13 +180,13 @@ def load_seq2seq(path: str, *, field: str = "model") -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(found)
     except Exception as error:
-        raise _loading_error(field, path, "model", error) from error
+        raise loading_error(field, path, "model", error) from error
     _check_kind(config, path, field)
     try:
         # safetensors only: a pickle could run code.
         return AutoModelForSeq2SeqLM.from_pretrained(found, dtype=torch.float32, use_safetensors=True)
     except Exception as error:
-        raise _loading_error(field, path, "model", error) from error
+        raise loading_error(field, path, "model", error) from error
 
 
 def check_same_tokenizer(
