@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN ?= runs/demo
 CHAIN ?= demo
+PRETRAINING ?= runs/pretraining
 ARGS ?=
 
 # No telemetry, and nothing asks the network once the packages are there.
@@ -15,11 +16,11 @@ STAGES := corpus tokenizer sft preferences reward ppo dpo evaluate
 METHODS := listwise grpo rloo best_of_n
 CHAINS := scitldr xsum_t5_small cnn_flan_t5_base
 
-.PHONY: help install demo methods test test-slow lint format bench report results clean $(STAGES) $(METHODS) $(CHAINS)
+.PHONY: help install demo methods pretraining-text test test-slow lint format bench report results clean $(STAGES) $(METHODS) $(CHAINS)
 .DEFAULT_GOAL := help
 
 help: ## show this
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 	@echo "  make STAGE        bring one stage of the chain $(CHAIN) up to date: $(STAGES)"
 	@echo "  make METHOD       one of $(METHODS), on the demo's models"
 	@echo "  make CHAIN        one of $(CHAINS)"
@@ -51,6 +52,17 @@ $(METHODS): demo
 
 $(CHAINS): $(STAMP)
 	@$(BIN)/genalign run $@ $(ARGS)
+
+# Read, never imported: so nothing that these packages need is installed, and nothing of them enters .venv.
+$(PRETRAINING)/packages/.installed: $(STAMP) recipes/summarization/pretraining_packages.txt
+	@echo "installing $$(grep -c == recipes/summarization/pretraining_packages.txt) packages to read into $(@D) (about 1.5 GB) …"
+	@rm -rf $(@D)
+	@$(BIN)/python -m pip install --quiet --no-deps --no-compile --only-binary :all: --target $(@D) \
+	    --requirement recipes/summarization/pretraining_packages.txt
+	@touch $@
+
+pretraining-text: $(PRETRAINING)/packages/.installed ## the text and pairs that the shipped model is pretrained on
+	@$(BIN)/python recipes/summarization/text.py site_packages=$(<D) output_dir=$(PRETRAINING)/text $(ARGS)
 
 report: $(STAMP) ## write $(RUN)/report.html anew
 	@$(BIN)/genalign report $(RUN)

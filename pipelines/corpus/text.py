@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from pipelines.config import StageConfig, config
+from pipelines.config import StageConfig, config, looks_local
 from pipelines.corpus.fields import EMBEDDED, CorpusFields, TextFields
 from pipelines.errors import UserError
 
@@ -92,9 +92,8 @@ def open_text(fields: TextFields, folder: Path) -> TextData:
     """
     from filelock import FileLock
 
-    saved = Path(fields.text).expanduser()
-    if fields.text != EMBEDDED and is_saved_text(saved):
-        found = _opened(saved)
+    if fields.text != EMBEDDED and is_saved_text(fields.text):
+        found = open_saved(fields.text)
         return found if fields.pairs is None else TextData(found.text, _given_pairs(fields.pairs), found.stats)
     if not (folder / STATS_FILE).is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,17 +103,37 @@ def open_text(fields: TextFields, folder: Path) -> TextData:
                 _write(fields, folder)
             # Whoever still waits for this very file finds everything written.
             Path(lock.lock_file).unlink(missing_ok=True)
-    return _opened(folder)
+    return open_saved(folder)
 
 
-def is_saved_text(folder: Path) -> bool:
+def is_saved_text(folder: str | Path) -> bool:
     """Whether the stage made this folder."""
+    folder = Path(folder).expanduser()
     return (folder / STATS_FILE).is_file() and (folder / "text" / "dataset_dict.json").is_file()
 
 
-def _opened(folder: Path) -> TextData:
+def check_saved(folder: str) -> None:
+    """Refuses what the stage did not make; what is no existing path is left to ``StageConfig.problems``.
+
+    Raises:
+        UserError: another folder, or no folder.
+    """
+    if folder.startswith("${") or (looks_local(folder) and not Path(folder).expanduser().exists()):
+        return
+    if not is_saved_text(folder):
+        mend = "give the folder that recipes/summarization/text.py saved"
+        raise UserError("text", folder, "is no folder that the text stage saved", mend)
+
+
+def open_saved(folder: str | Path) -> TextData:
+    """What the stage saved in ``folder``.
+
+    Raises:
+        UserError: it is damaged.
+    """
     import datasets
 
+    folder = Path(folder).expanduser()
     try:
         text = datasets.load_from_disk(str(folder / "text"))
         pairs = datasets.load_from_disk(str(folder / "pairs")) if (folder / "pairs").is_dir() else None

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from pipelines.config import Source, StageConfig, config
 from pipelines.corpus.fields import CorpusFields
 from pipelines.errors import Problem, problems_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @config
@@ -19,6 +24,9 @@ class TokenizerConfig(CorpusFields, StageConfig):
 
     output_dir: str = Field("runs/tokenizer", description="folder the tokenizer is saved into")
     model: Source | None = Field(None, description="model folder or hub id that brings a tokenizer: it is copied")
+    text: Source | None = Field(
+        None, description="folder that the text stage saved: its training texts and pairs are learnt from too"
+    )
     vocab_size: int = Field(
         8192, ge=150, le=250_000, description="size of the vocabulary, 3 special tokens and 100 sentinels included"
     )
@@ -32,6 +40,12 @@ class TokenizerConfig(CorpusFields, StageConfig):
             from pipelines.seq2seq.models import check_tokenizer
 
             found += problems_of(partial(check_tokenizer, self.model, "model"))
+            if self.text is not None:
+                found.append(Problem("text", self.text, "the tokenizer of model is taken as it is", "drop one of them"))
+        if self.text is not None:
+            from pipelines.corpus.text import check_saved
+
+            found += problems_of(partial(check_saved, self.text))
         return found
 
 
@@ -56,8 +70,7 @@ def tokenizer(config: TokenizerConfig) -> dict[str, float]:
     else:
         from pipelines.corpus.unigram import train
 
-        texts = (text for column in ("document", "references") for text in _texts(splits["train"], column))
-        made = train(texts, config.vocab_size, config.lowercase)
+        made = train(_training_texts(config, splits["train"]), config.vocab_size, config.lowercase)
 
     counts = {}
     for column in ("document", "summary"):
@@ -84,7 +97,21 @@ def tokenizer(config: TokenizerConfig) -> dict[str, float]:
     }
 
 
-def _texts(split, column: str):
+def _training_texts(config: TokenizerConfig, split: Dataset) -> Iterator[str]:
+    parts = [(split, ("document", "references"))]
+    if config.text is not None:
+        from pipelines.corpus.text import open_saved
+
+        data = open_saved(config.text)
+        parts.append((data.text["train"], ("text",)))
+        if data.pairs is not None:
+            parts.append((data.pairs["train"], ("document", "references")))
+    for part, columns in parts:
+        for column in columns:
+            yield from _texts(part, column)
+
+
+def _texts(split: Dataset, column: str) -> Iterator[str]:
     for batch in split.select_columns([column]).iter(1000):
         for value in batch[column]:
             yield from value if isinstance(value, list) else [value]
