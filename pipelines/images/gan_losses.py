@@ -11,7 +11,7 @@ Mescheder, Geiger and Nowozin 2018, "Which Training Methods for GANs do actually
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -45,8 +45,8 @@ def generator_loss(fake_logits: torch.Tensor, kind: GeneratorLoss) -> torch.Tens
     return -logsigmoid(fake_logits).mean()
 
 
-def generator_gradient_norms(fake_logits: torch.Tensor, parameters: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Euclidean norm of the gradient that each of the two losses gives the generator, on the same samples.
+def generator_gradients(fake_logits: torch.Tensor, parameters: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The gradient that each of the two losses gives the generator, on the same samples.
 
     The graph of ``fake_logits`` is kept. Each loss costs one backward pass.
 
@@ -55,14 +55,13 @@ def generator_gradient_norms(fake_logits: torch.Tensor, parameters: Iterable[tor
         parameters: the generator's.
 
     Returns:
-        ``{"minimax": norm, "nonsaturating": norm}``.
+        ``{"minimax": (p,), "nonsaturating": (p,)}``, the gradients of all p weights one after the other.
     """
-    parameters = [p for p in parameters if p.requires_grad]
-    norms = {}
-    for kind in ("minimax", "nonsaturating"):
+    parameters, found = list(parameters), {}
+    for kind in get_args(GeneratorLoss):
         gradients = torch.autograd.grad(generator_loss(fake_logits, kind), parameters, retain_graph=True)
-        norms[kind] = torch.stack([g.detach().float().norm() for g in gradients]).norm()
-    return norms
+        found[kind] = torch.cat([gradient.flatten() for gradient in gradients])
+    return found
 
 
 def r1_penalty(real_logits: torch.Tensor, real_images: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ two 4×4 convolutions of stride 2 with 32 and 64 channels, then 512 and one logi
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -16,6 +17,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm as normalized
 
 SLOPE = 0.2  # of the leaky ReLUs below 0
+
+
+def processes() -> int:
+    """How many processes train together."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -39,7 +45,12 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     ``torch.nn.SyncBatchNorm`` does the same on GPUs only. A batch that one process takes in parts (gradient
     accumulation) is normalized part by part, as everywhere.
+
+    Attributes:
+        alone: whether this process takes its own rows for the whole batch (false at first).
     """
+
+    alone = False
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim < 2:
@@ -47,8 +58,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """(n, c, …) to the same shape."""
-        shared = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-        if not (self.training and shared):
+        if not self.training or self.alone or processes() == 1:
             return super().forward(input)
         self._check_input_dim(input)
         x = input.float()
@@ -113,24 +123,28 @@ class GANGenerator(ModelMixin, ConfigMixin):
         return self.layers(noise)
 
     @torch.no_grad()
-    def settle_statistics(self, batches: int = 16, size: int = 256, seed: int = 0) -> None:
-        """Set the running statistics of the batch norms to those of these very weights, on fixed noise.
+    def settled(self, batches: int = 16, size: int = 256) -> GANGenerator:
+        """A copy whose batch norms have the running statistics of these very weights, on fixed noise; ready to sample.
 
         What training leaves belongs to the weights of its last steps, not to their moving average.
+
+        Args:
+            batches: over which the statistics are averaged.
+            size: noise vectors of each.
         """
-        norms = [module for module in self.modules() if isinstance(module, BatchNorm)]
+        copied = copy.deepcopy(self).requires_grad_(True).train()
+        norms = [module for module in copied.modules() if isinstance(module, BatchNorm)]
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None  # a plain mean over what follows
-        generator = torch.Generator().manual_seed(seed)
-        before = self.training
-        self.train()
-        for _ in range(batches):
-            self(torch.randn(size, self.config.latent_dim, generator=generator).to(self.device, self.dtype))
-        self.train(before)
+            norm.momentum, norm.alone = None, True  # a plain mean over what follows, whichever processes do this
+        generator = torch.Generator().manual_seed(0)
+        with torch.autocast(self.device.type, enabled=False):
+            for _ in range(batches):
+                copied(torch.randn(size, self.config.latent_dim, generator=generator).to(self.device, self.dtype))
         for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+            norm.momentum, norm.alone = momentum, False
+        return copied.eval()
 
 
 class GANDiscriminator(ModelMixin, ConfigMixin):

@@ -1,0 +1,13 @@
+"""Train a GAN on images: a generator against a discriminator.
+
+    accelerate launch --config_file accelerate_configs/cpu_ddp.yaml recipes/images/gan.py \\
+        --config recipes/images/images.yaml max_steps=2000
+"""
+
+from pipelines.images.gan import gan
+from pipelines.recipe import recipe
+
+main = recipe(gan, __doc__)
+
+if __name__ == "__main__":
+    main()
