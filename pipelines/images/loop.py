@@ -45,7 +45,8 @@ def seeded(seed: int, *keys: int, device: torch.device | str = "cpu") -> torch.G
 
 
 def _mixed(seed: int, *keys: int) -> int:
-    return int(np.random.SeedSequence([seed, *keys]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    # numpy takes trailing zeros for nothing: the number of keys tells (1,) from (1, 0)
+    return int(np.random.SeedSequence([seed, len(keys), *keys]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def new_accelerator(config: ImageTrainingConfig) -> Accelerator:
