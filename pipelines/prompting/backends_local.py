@@ -28,6 +28,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from pipelines.errors import UserError
 from pipelines.prompting.backends import ChoiceScore, Generation, Sampling, TokenProbability
 from pipelines.prompting.backends_fields import adapter_config, check_local
+from pipelines.prompting.backends_text import Reader
 from pipelines.seq2seq.generation import inference, length_sorted_batches
 from pipelines.seq2seq.models import loading_error
 from pipelines.seq2seq.sampling import gumbel_noise, prompt_keys, stream_keys
@@ -87,7 +88,7 @@ class LocalBackend:
         chat: put every prompt into the tokenizer's chat template as the user's message.
 
     Raises:
-        UserError: ``chat`` with a tokenizer that has no chat template, or a model without an end token.
+        UserError: ``chat`` with a tokenizer that has no chat template.
     """
 
     def __init__(
@@ -101,73 +102,26 @@ class LocalBackend:
         chat: bool = False,
     ):
         self.model, self.tokenizer, self.name = model, tokenizer, name
-        self.batch_size, self.precision, self.chat = batch_size, precision, chat
+        self.batch_size, self.precision = batch_size, precision
         self.device = next(model.parameters()).device
-        self.encodes = bool(model.config.is_encoder_decoder)
         own = getattr(model, "active_peft_config", None)
         learns_prompt = own is not None and own.is_prompt_learning
         self.pads = not learns_prompt
         self.virtual_tokens = own.num_virtual_tokens if learns_prompt else 0
-        ends = getattr(model.generation_config, "eos_token_id", None)
-        ends = tokenizer.eos_token_id if ends is None else ends
-        self.ends = [] if ends is None else ([ends] if isinstance(ends, int) else list(ends))
+        self.reader = Reader(
+            tokenizer,
+            model.config,
+            name=name,
+            chat=chat,
+            virtual_tokens=self.virtual_tokens,
+            ends=getattr(model.generation_config, "eos_token_id", None),
+        )
+        self.ends = self.reader.ends
         pad = tokenizer.pad_token_id
         # Only masked places hold it, so any token will do.
         self.pad = pad if pad is not None else (self.ends[0] if self.ends else 0)
-        if chat and not tokenizer.chat_template:
-            mend = "leave chat out, or give an instruction-tuned model"
-            raise UserError(f"models.{name}", tokenizer.name_or_path, "its tokenizer has no chat template", mend)
         inner = model.get_base_model() if own is not None else model
         self.arguments = set(inspect.signature(inner.forward).parameters)
-        limit = getattr(model.config, "max_position_embeddings", None)
-        self.room = None if limit is None else int(limit) - self.virtual_tokens
-
-    # --- prompts ------------------------------------------------------------------------------------------------------
-
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts as the model reads them, with what the tokenizer puts around a text.
-
-        Of a causal model the end mark that some tokenizers put behind a text is left out: the text goes on.
-        """
-        if self.chat:
-            texts = [
-                self.tokenizer.apply_chat_template(
-                    [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-                )
-                for text in texts
-            ]
-        if not texts:
-            return []
-        # A chat template writes its own special tokens.
-        rows = self.tokenizer(list(texts), add_special_tokens=not self.chat, truncation=False, verbose=False)
-        rows = [list(row) for row in rows["input_ids"]]
-        if not self.encodes:
-            rows = [row[:-1] if row and row[-1] in self.ends else row for row in rows]
-        return rows
-
-    def _prompt_ids(self, texts: Sequence[str], room: int) -> list[list[int]]:
-        """Token ids of prompts, at least one token each.
-
-        Raises:
-            UserError: a prompt that leaves fewer than ``room`` of the model's positions.
-        """
-        rows = self._ids(texts)
-        for row, text in zip(rows, texts, strict=True):
-            if not row:
-                row.append(self._first_token())
-            needed = len(row) if self.encodes else len(row) + room
-            if self.room is not None and needed > self.room:
-                more = "" if self.encodes else f" and {room} for the answer"
-                problem = f"a prompt takes {len(row)} tokens{more}, {self.name} reads {self.room}"
-                mend = "give fewer shots, shorter examples, a smaller max_new_tokens, or another model"
-                raise UserError("prompt", text, problem, mend)
-        return rows
-
-    def _first_token(self) -> int:
-        start = self.tokenizer.bos_token_id
-        if start is None and not self.ends:
-            raise UserError("prompt", "", "is empty, and the model has no token to begin with", "give a prompt")
-        return self.ends[0] if start is None else start
 
     def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         """Positions of rows that go through the model together."""
@@ -219,7 +173,7 @@ class LocalBackend:
     ) -> list[list[tuple[Generation, list[TokenProbability]]]]:
         # What no noise tells apart is generated once.
         drawn = samples if sampling.temperature > 0 else 1
-        ids = self._prompt_ids(prompts, sampling.max_new_tokens)
+        ids = self.reader.prompts(prompts, sampling.max_new_tokens)
         keys = prompt_keys(prompts) if prompts else torch.zeros(0, dtype=torch.int64)
         rows = [row for row in ids for _ in range(drawn)]
         found: list[Any] = [None] * len(rows)
@@ -238,8 +192,8 @@ class LocalBackend:
     def _generate_batch(
         self, rows: Sequence[Sequence[int]], sampling: Sampling, keys: Tensor, alternatives: int
     ) -> list[tuple[Generation, list[TokenProbability]]]:
-        ids, mask = self._padded(rows, left=not self.encodes)
-        start = 1 if self.encodes else ids.shape[1]
+        ids, mask = self._padded(rows, left=not self.reader.encodes)
+        start = 1 if self.reader.encodes else ids.shape[1]
         draw = _Draw(keys.to(self.device), sampling, start, alternatives)
         stop = [_Stop(self.tokenizer, sampling.stop, start)] if sampling.stop else []
         own = self.model.generation_config
@@ -304,10 +258,8 @@ class LocalBackend:
     ) -> list[list[ChoiceScore]]:
         """log p(choice | prompt) of every choice, summed over its tokens, without an end mark.
 
-        Of a causal model: prompt and choice are tokenized as one text. Where that merges the prompt's last characters
-        into the choice's first token, all choices of the prompt are scored from the last token they and the prompt
-        share, so that they stay comparable. Of an encoder-decoder: the encoder reads the prompt, the decoder the choice
-        without white space around it.
+        Of a causal model prompt and choice are one text (``Reader.with_choices`` says where it is cut); of an
+        encoder-decoder the encoder reads the prompt and the decoder the choice.
 
         Raises:
             UserError: a prompt that is too long with its choice, or an empty choice.
@@ -315,7 +267,7 @@ class LocalBackend:
         for prompt, some in zip(prompts, choices, strict=True):
             if any(not choice.strip() for choice in some):
                 raise UserError("choice", prompt, "an empty choice cannot be scored", "give each choice a text")
-        score = self._encoder_decoder_scores if self.encodes else self._causal_scores
+        score = self._encoder_decoder_scores if self.reader.encodes else self._causal_scores
         bar = tqdm(total=sum(map(len, choices)), desc=progress, unit="choice", disable=progress is None)
         with bar, inference(self.model, self.precision):
             return score(prompts, choices, bar)
@@ -327,7 +279,7 @@ class LocalBackend:
         tails: list[int] = []  # of each row: how many of its last places are looked at
         readers: list[list[tuple[int, int, int, list[int]]]] = []  # of each row: (prompt, choice, start, tokens)
         for number, (prompt, some) in enumerate(zip(prompts, choices, strict=True)):
-            wholes, start = self._wholes(prompt, some)
+            wholes, start = self.reader.with_choices(prompt, some)
             first = len(rows)
             # A context that begins another one of the same prompt is read from it: choices of one token each, the
             # labels of multiple choice, share a single row.
@@ -352,25 +304,6 @@ class LocalBackend:
                     bar.update()
         return found
 
-    def _wholes(self, prompt: str, some: Sequence[str]) -> tuple[list[list[int]], int]:
-        """Ids of the prompt with each of its choices, and the first place that is scored, the same for all."""
-        base = self._ids([prompt])[0]
-        if self.chat:
-            # The template ends where the answer begins, so that no token can span both.
-            own = self.tokenizer([choice.lstrip() for choice in some], add_special_tokens=False)["input_ids"]
-            wholes = [base + list(ids) for ids in own]
-        else:
-            wholes = self._ids([prompt + choice for choice in some])
-        start = min(_common_prefix(base, whole) for whole in wholes)
-        if start == 0:
-            first = self._first_token()
-            wholes, start = [[first, *whole] for whole in wholes], 1
-        longest = max(map(len, wholes)) - 1
-        if self.room is not None and longest > self.room:
-            problem = f"with its longest choice it takes {longest} tokens, {self.name} reads {self.room}"
-            raise UserError("prompt", prompt, problem, "give fewer shots, shorter examples, or another model")
-        return wholes, start
-
     def _tail_log_probs(self, rows: Sequence[Sequence[int]], tail: int) -> Tensor:
         """Log-probabilities of what follows the last ``tail`` places of each row: (B, tail, V)."""
         ids, mask = self._padded(rows, left=True)
@@ -385,13 +318,11 @@ class LocalBackend:
     def _encoder_decoder_scores(
         self, prompts: Sequence[str], choices: Sequence[Sequence[str]], bar: tqdm
     ) -> list[list[ChoiceScore]]:
-        sources = self._prompt_ids(prompts, 0)
+        sources = self.reader.prompts(prompts, 0)
         found: list[list[ChoiceScore]] = [[] for _ in prompts]
         for batch in self._batches(sources):
             counts = torch.tensor([len(choices[index]) for index in batch], device=self.device)
-            texts = [choice.strip() for index in batch for choice in choices[index]]
-            targets = self.tokenizer(text_target=texts, truncation=False, verbose=False)["input_ids"]
-            rows = [list(row[:-1] if row[-1] in self.ends else row) for row in targets]
+            rows = self.reader.decoder_choices([choice for index in batch for choice in choices[index]])
             ids, mask = self._padded([sources[index] for index in batch], left=False)
             labels, labels_mask = self._padded(rows, left=False)
             log_probs = self._decoder_log_probs(ids, mask, counts, labels, labels_mask)
@@ -421,10 +352,6 @@ class LocalBackend:
             states = self.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
             given["encoder_outputs"] = BaseModelOutput(last_hidden_state=states.repeat_interleave(counts, 0))
         return self.model(**given).logits.float().log_softmax(-1)
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 class _Draw(LogitsProcessor):

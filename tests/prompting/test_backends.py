@@ -293,4 +293,4 @@ def test_a_soft_prompt_scores_and_answers_alike_alone_and_in_a_batch(kind):
         [row[0].text for row in backend.generate(prompts, Sampling(max_new_tokens=5))] for backend in (alone, many)
     )
     assert first == second
-    assert alone.room == 128 - 5
+    assert alone.reader.room == 128 - 5
