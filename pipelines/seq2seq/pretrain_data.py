@@ -66,7 +66,8 @@ def gather(flat: np.ndarray, starts: np.ndarray, lengths: np.ndarray, value: int
     steps = np.arange(lengths.max(initial=0))
     inside = steps < lengths[:, None]
     places = np.where(inside, starts[:, None] + steps, 0)
-    return np.where(inside, flat[places], value).astype(np.int64)
+    # Widened first: a negative value would wrap around in the unsigned type of the file.
+    return np.where(inside, flat[places].astype(np.int64), value)
 
 
 class TokenWriter:
