@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from pipelines.seq2seq.losses import entropy, token_log_probs
 from pipelines.seq2seq.shared_attention import decode_shared
-from pipelines.seq2seq.view import as_view, decoder_inputs, encode, output_logits, unwrap
+from pipelines.seq2seq.stacks import states_width, unwrap
+from pipelines.seq2seq.view import as_view, decoder_inputs, encode, output_logits
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 CRITIC_FOLDER = "critic"
@@ -81,8 +82,7 @@ class ActorCritic(nn.Module):
             head = self.critic.get_output_embeddings()
             if head.weight is not self.critic.get_input_embeddings().weight:
                 head.requires_grad_(False)  # the critic has no use for it, and DDP wants every trained weight used
-        config = inner.get_decoder().config
-        self.value_head = ValueHead(getattr(config, "hidden_size", None) or config.d_model)
+        self.value_head = ValueHead(states_width(inner.get_decoder()))
 
     @property
     def config(self) -> Any:
@@ -113,7 +113,7 @@ class ActorCritic(nn.Module):
         """Log-probabilities and values of B·K completions (source-major) of B sources, each source encoded once.
 
         Args:
-            source_ids: (B, S), or whatever the policy's ``main_input_name`` takes (features, pixels).
+            source_ids: (B, S), or whatever else the policy's encoder reads (features, pixels).
             source_mask: (B, S) or None.
             completion_ids: (R, T) without the decoder's start token.
             completion_mask: (R, T).

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
+from pipelines.seq2seq.stacks import source_name
 from pipelines.seq2seq.training import LengthConfig, tokenize_sources, tokenize_targets
 
 PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -68,7 +69,7 @@ class FeatureSources:
     """Sources that are arrays of one shape, such as log-mel features or pixels: stacks a column to (B, …) fp32.
 
     Args:
-        name: the column, and what the encoder calls it (its ``main_input_name``).
+        name: the column, and what the encoder calls it.
     """
 
     name: str
@@ -79,14 +80,14 @@ class FeatureSources:
 
 
 def sources_of(model: Any, pad_id: int, column: str = "prompt_ids") -> CollateSources:
-    """How a model's sources are collated where nothing else is said: by its ``main_input_name``.
+    """How a model's sources are collated where nothing else is said: by what its encoder calls them.
 
     Args:
         model: an encoder-decoder.
         pad_id: padding id of token ids.
         column: where an example holds its token ids.
     """
-    name = model.main_input_name
+    name = source_name(model)
     return TextSources(pad_id, column) if name == "input_ids" else FeatureSources(name)
 
 

@@ -34,16 +34,15 @@ from pipelines.seq2seq.collators import (
 from pipelines.seq2seq.held_out import HeldOutMeans
 from pipelines.seq2seq.losses import sequence_sum
 from pipelines.seq2seq.shared_attention import can_share
+from pipelines.seq2seq.stacks import run_encoder, source_name, unwrap
 from pipelines.seq2seq.training import LengthConfig
 from pipelines.seq2seq.view import (
     as_view,
     check_log_probs,
     decoder_start_id,
     in_shards,
-    run_encoder,
     sequence_log_probs,
     silence_dropout,
-    unwrap,
 )
 
 REFERENCE_FILE = "reference.safetensors"
@@ -56,7 +55,7 @@ class EncoderDecoderDPOTrainer(HeldOutMeans, GroupedByLength, DPOTrainer):
         model: an encoder-decoder; its class is swapped for its view. A PEFT model is taken too.
         args: TRL's configuration. ``max_length`` has no meaning here: ``lengths`` rules.
         train_dataset: with the text columns ``prompt``, ``chosen``, ``rejected``, or tokenized by ``tokenize_pairs``.
-            Sources that are not text stand in a column of the model's ``main_input_name`` instead of ``prompt``.
+            Sources that are not text stand in a column of the encoder's own name for them instead of ``prompt``.
         processing_class: the model's tokenizer.
         lengths: prefix and lengths of the texts.
         eval_dataset: as ``train_dataset``, or None.
@@ -109,7 +108,7 @@ class EncoderDecoderDPOTrainer(HeldOutMeans, GroupedByLength, DPOTrainer):
             can_share(each)  # found out here, where parameters are not in shards yet
         args.max_length = None
         inner, pad_id = unwrap(model), processing_class.pad_token_id
-        self._text = collate_sources is None and inner.main_input_name == "input_ids"
+        self._text = collate_sources is None and source_name(inner) == "input_ids"
         sources = {} if self._text else {"collate_sources": collate_sources or sources_of(inner, pad_id)}
         if not self._text:
             args.remove_unused_columns = False

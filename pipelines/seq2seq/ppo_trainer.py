@@ -32,7 +32,8 @@ from pipelines.seq2seq.ppo_arguments import PPOArguments
 from pipelines.seq2seq.rewards import Rewards
 from pipelines.seq2seq.sample_table import SampleTable
 from pipelines.seq2seq.sampling import GumbelSampler, prompt_keys, sample_completions
-from pipelines.seq2seq.view import as_view, check_log_probs, encode, silence_dropout, unwrap
+from pipelines.seq2seq.stacks import source_name, unwrap
+from pipelines.seq2seq.view import as_view, check_log_probs, encode, silence_dropout
 
 STATE_FILE = "ppo_state.pt"
 Rollout = dict[str, Tensor]
@@ -41,7 +42,7 @@ Rollout = dict[str, Tensor]
 class SourceExample(TypedDict):
     """What the trainer knows of a source: its tokens, and texts for the reward functions.
 
-    A source that is not text holds its array under the model's ``main_input_name``, or what ``collate_sources`` needs.
+    A source that is not text holds its array under the encoder's name for it, or what ``collate_sources`` needs.
     """
 
     id: str
@@ -73,7 +74,7 @@ class PPOTrainer(Trainer):
         sources: what completions are sampled of; at least ``args.sources_per_rollout``, with distinct ids.
         tokenizer: the policy's.
         rewards: what a completion is worth.
-        collate_sources: makes ``main_input_name`` and, or not, ``attention_mask`` of sources; by default as DPO's.
+        collate_sources: makes the encoder's input and, or not, ``attention_mask`` of sources; by default as DPO's.
         gold: a judge that is logged beside the reward and never trained on; it sees one completion a source.
         separate_critic: give the critic a trunk of its own.
         train_encoder: False trains the decoder only.
@@ -220,7 +221,7 @@ class PPOTrainer(Trainer):
         for chosen in (order[i : i + size] for i in range(0, len(order), size)):
             sources = self.collate_sources([examples[i] for i in chosen])
             sources = {name: tensor.to(args.device) for name, tensor in sources.items()}
-            ids, mask = sources[unwrap(self.model.policy).main_input_name], sources.get("attention_mask")
+            ids, mask = sources[source_name(self.model.policy)], sources.get("attention_mask")
             states = encode(self.model.policy, ids, mask)
             sampler = GumbelSampler(
                 args.seed,

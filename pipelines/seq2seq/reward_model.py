@@ -21,8 +21,17 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from pipelines.errors import UserError
 from pipelines.seq2seq.collators import pad_rows
 from pipelines.seq2seq.models import REWARD_MODEL_TYPE, check_reward_model, load_seq2seq, load_tokenizer
+from pipelines.seq2seq.stacks import (
+    Order,
+    left_aligned,
+    run_decoder,
+    run_encoder,
+    source_name,
+    spread_rows,
+    states_width,
+)
 from pipelines.seq2seq.training import LengthConfig, tokenize_sources, tokenize_targets
-from pipelines.seq2seq.view import Order, decoder_start_id, left_aligned, run_decoder, run_encoder, spread_rows
+from pipelines.seq2seq.view import decoder_start_id
 
 
 class EncoderDecoderRewardConfig(PreTrainedConfig):
@@ -74,7 +83,7 @@ class EncoderDecoderRewardModel(PreTrainedModel):
     def __init__(self, config: EncoderDecoderRewardConfig):
         super().__init__(config)
         self.backbone = AutoModel.from_config(config.backbone)
-        self.score_head = nn.Linear(_decoder_width(self.backbone), 1, bias=False)
+        self.score_head = nn.Linear(states_width(self.backbone.get_decoder()), 1, bias=False)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -125,7 +134,7 @@ class EncoderDecoderRewardModel(PreTrainedModel):
 
     def encode(self, source_ids: Tensor, source_mask: Tensor) -> Tensor:
         """Encoder states (B, S, H) of documents (B, S)."""
-        return run_encoder(self.backbone, {self.backbone.main_input_name: source_ids, "attention_mask": source_mask})
+        return run_encoder(self.backbone, {source_name(self.backbone): source_ids, "attention_mask": source_mask})
 
     def score(
         self,
@@ -186,11 +195,6 @@ class EncoderDecoderRewardModel(PreTrainedModel):
         states = self.encode(encoder_input_ids, encoder_attention_mask)
         scores = self._scores(states, encoder_attention_mask, input_ids, attention_mask, "sample-major")
         return SequenceClassifierOutput(logits=scores)
-
-
-def _decoder_width(backbone: PreTrainedModel) -> int:
-    config = backbone.get_decoder().config
-    return getattr(config, "hidden_size", None) or config.d_model
 
 
 AutoConfig.register(REWARD_MODEL_TYPE, EncoderDecoderRewardConfig)

@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, LogitsProcessor
 
 from pipelines.seq2seq.shared_attention import can_share, shared_sources
-from pipelines.seq2seq.view import decoder_start_id, known_arguments, output_logits, unwrap
+from pipelines.seq2seq.stacks import known_arguments, unwrap
+from pipelines.seq2seq.view import decoder_start_id, output_logits
 
 
 def _signed(value: int, bits: int = 64) -> int:

@@ -23,7 +23,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from pipelines.seq2seq.attention import attention, biased_sdpa, recomputes
-from pipelines.seq2seq.view import Order, decode, in_shards, projected, run_decoder, unwrap
+from pipelines.seq2seq.stacks import Order, projected, run_decoder, states_width, unwrap
+from pipelines.seq2seq.view import decode, in_shards
 
 _NAME = "genalign_shared_sources"
 _ORDER: ContextVar[Order] = ContextVar("order", default="source-major")
@@ -96,8 +97,7 @@ def can_share(model: Any) -> bool:
 @torch.no_grad()
 def _agrees(model: Any) -> bool:
     weight = model.get_input_embeddings().weight
-    encoder = getattr(model.get_encoder(), "config", model.config)
-    width = getattr(encoder, "hidden_size", None) or encoder.d_model
+    width = states_width(model.get_encoder())
     # Large enough, and unlike enough, for a row paired with the wrong source or mask to show.
     numbers = torch.arange(2 * 5 * width, device=weight.device, dtype=torch.float32)
     states = 10 * torch.sin(numbers**2).view(2, 5, width)

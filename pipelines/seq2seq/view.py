@@ -20,9 +20,9 @@ architecture whose logits are made in another way is refused in one line instead
 from __future__ import annotations
 
 import functools
-import inspect
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +30,19 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqModelOutput
 
 from pipelines.errors import UserError
-from pipelines.seq2seq.attention import biased_attention
 from pipelines.seq2seq.losses import token_log_probs
-
-Order = Literal["sample-major", "source-major"]
-"""How R = K·B rows belong to B sources: ``sample-major`` puts sample k of source b into row k·B + b (TRL's
-``[chosen; rejected]``), ``source-major`` into row b·K + k (``generate(num_return_sequences=K)``). Where sources have
-unequal numbers of rows, an (R,) tensor of source numbers takes its place."""
+from pipelines.seq2seq.stacks import (
+    Order,
+    decoder_trunk,
+    left_aligned,
+    projected,
+    run_decoder,
+    run_encoder,
+    source_name,
+    spread_rows,
+    states_width,
+    unwrap,
+)
 
 _SIDE = "encoder_"
 
@@ -46,6 +52,13 @@ class _ScoringHead(NamedTuple):
 
     weight: Tensor
     bias: Tensor
+
+
+@dataclass
+class _Encoded(BaseModelOutput):
+    """An encoder's output that also answers where a speech model asks it for the mask of its shortened states."""
+
+    attention_mask: Tensor | None = None
 
 
 class EncoderDecoderView:
@@ -122,17 +135,6 @@ def _rebuild(plain_class: type[PreTrainedModel]) -> Any:
     return view.__new__(view)
 
 
-def unwrap(model: Any) -> PreTrainedModel:
-    """The transformers model inside ``DistributedDataParallel`` and PEFT wrappers."""
-    while True:
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif isinstance(getattr(model, "module", None), nn.Module):
-            model = model.module
-        else:
-            return model
-
-
 def as_view(model: PreTrainedModel) -> PreTrainedModel:
     """Swap the class of an encoder-decoder model for its view, in place.
 
@@ -171,156 +173,11 @@ def _head_bias(model: PreTrainedModel, head: nn.Module) -> Tensor:
     return bias if getattr(head, "bias", None) is None else bias + head.bias
 
 
-@functools.cache
-def _parameters(module_class: type[nn.Module]) -> frozenset[str]:
-    return frozenset(inspect.signature(module_class.forward).parameters)
-
-
-def known_arguments(module: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Those inputs that a module's forward names: Whisper's decoder, for one, has no mask of the source."""
-    known = _parameters(type(module))
-    return {name: value for name, value in inputs.items() if name in known}
-
-
-def decoder_trunk(model: Any) -> nn.Module:
-    """The decoder of a model without any head: what ``get_decoder`` gives, and what that gives, and so on."""
-    decoder = model.get_decoder()
-    while isinstance(decoder, PreTrainedModel) and (inner := decoder.get_decoder()) is not decoder:
-        decoder = inner
-    return decoder
-
-
-def run_encoder(model: PreTrainedModel, inputs: dict[str, Tensor | None]) -> Tensor:
-    """Encoder states (B, S, H) of any transformers encoder-decoder, with or without a language-model head.
-
-    Args:
-        model: with ``get_encoder()``.
-        inputs: tensors under the encoder's own argument names; a mask it does not know is left out.
-
-    Returns:
-        (B, S, H), as the decoder reads them: projected to its width in composite models.
-    """
-    encoder = model.get_encoder()
-    with biased_attention(encoder):
-        return projected(model, encoder(**known_arguments(encoder, inputs)).last_hidden_state)
-
-
-def projected(model: PreTrainedModel, states: Tensor) -> Tensor:
-    """Encoder states (B, S, H) at the decoder's width, in composite models of two parts of unlike widths."""
-    projection = getattr(model, "enc_to_dec_proj", None)
-    return states if projection is None else projection(states)
-
-
-def states_mask(model: PreTrainedModel, states: Tensor, source_mask: Tensor | None) -> Tensor | None:
-    """The mask (B, S') of encoder states (B, S', H), from that of the source (B, S), which a speech encoder shortens.
-
-    Args:
-        model: whose encoder made the states.
-        states: (B, S', H).
-        source_mask: (B, S), 1 where the source is real; or None.
-
-    Raises:
-        ValueError: the lengths differ and the model has no rule for it.
-    """
-    if source_mask is None or source_mask.shape[1] == states.shape[1]:
-        return source_mask
-    for module in (model, model.base_model, model.get_encoder()):
-        shortened = getattr(module, "_get_feature_vector_attention_mask", None)
-        if shortened is not None:
-            return shortened(states.shape[1], source_mask)
-    raise ValueError(f"a mask of length {source_mask.shape[1]} for {states.shape[1]} encoder states: give None")
-
-
-def left_aligned(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Rows with their padding moved behind the real tokens, so that positions are those of the row by itself.
-
-    A decoder with absolute positions (BART, Whisper, GPT-2 …) counts padding on the left as tokens even where a mask
-    hides it.
-
-    Args:
-        ids: (R, T).
-        mask: (R, T), 1 on the real tokens of each row; padding on either side.
-
-    Returns:
-        ids and mask (R, T), and the places (R, T) to ``gather`` results from to have them where the tokens were; None
-        in its place where nothing was moved.
-    """
-    shift = mask.bool().int().argmax(dim=1, keepdim=True)
-    if not shift.any():
-        return ids, mask, None
-    places = torch.arange(ids.shape[1], device=ids.device)
-    order = (places + shift) % ids.shape[1]
-    return ids.gather(1, order), mask.gather(1, order), (places - shift) % ids.shape[1]
-
-
-def run_decoder(
-    model: PreTrainedModel,
-    states: Tensor,
-    source_mask: Tensor | None,
-    decoder_input_ids: Tensor,
-    decoder_mask: Tensor | None,
-) -> Tensor:
-    """Decoder states (R, T, H) of any transformers encoder-decoder; those of a view come scaled for its head.
-
-    Args:
-        model: with ``get_decoder()``.
-        states: (R, S, H) encoder states, a row for each row of the decoder.
-        source_mask: (R, S) or None.
-        decoder_input_ids: (R, T).
-        decoder_mask: (R, T), or None where rows are padded on the right.
-
-    Returns:
-        (R, T, H); a row's states do not depend on which side its padding is.
-    """
-    decoder, back = decoder_trunk(model), None
-    if decoder_mask is not None:
-        decoder_input_ids, decoder_mask, back = left_aligned(decoder_input_ids, decoder_mask)
-    inputs = {
-        "input_ids": decoder_input_ids,
-        "attention_mask": decoder_mask,
-        "encoder_hidden_states": states,
-        "encoder_attention_mask": states_mask(model, states, source_mask),
-        "use_cache": False,
-    }
-    with biased_attention(decoder):
-        result = decoder(**known_arguments(decoder, inputs)).last_hidden_state
-    if back is not None:
-        result = result.gather(1, back[..., None].expand_as(result))
-    scale = model.__dict__.get("_view_scale", 1.0)
-    return result if scale == 1.0 else result * scale
-
-
-def spread_rows(tensor: Tensor | None, rows: int, order: Order | Tensor | None) -> Tensor | None:
-    """(B, …) repeated to (rows, …): row r belongs to source r mod B (sample-major), r div K (source-major) or order[r].
-
-    Args:
-        tensor: (B, …) or None, which stays None.
-        rows: R, how many are wanted.
-        order: how they belong to the sources.
-
-    Raises:
-        ValueError: ``rows`` is not a multiple of B, or is above B without an order.
-    """
-    if tensor is None:
-        return None
-    if isinstance(order, Tensor):
-        return tensor.index_select(0, order)
-    sources = len(tensor)
-    if sources == rows:
-        return tensor
-    if rows % sources:
-        raise ValueError(f"{rows} rows cannot belong to {sources} sources in equal number")
-    samples = rows // sources
-    if order == "sample-major":
-        return tensor.repeat(samples, *[1] * (tensor.dim() - 1))
-    if order == "source-major":
-        return tensor.repeat_interleave(samples, dim=0)
-    raise ValueError(f"{rows} rows over {sources} sources: say order='sample-major' or 'source-major', not {order!r}")
-
-
 @torch.no_grad()
 def _measured_scale(model: PreTrainedModel) -> float:
-    """The factor on decoder states that makes ``output_logits`` the model's logits, by trial on three tokens.
+    """The factor on decoder states that makes ``output_logits`` the model's logits, by trial on a few tokens.
+
+    Tried are made-up encoder states and, where that can be, a whole source.
 
     Raises:
         UserError: no known factor does.
@@ -330,7 +187,7 @@ def _measured_scale(model: PreTrainedModel) -> float:
     try:
         encoder, decoder = model.get_encoder(), decoder_trunk(model)
         head = model.get_output_embeddings()
-        width = getattr(encoder.config, "hidden_size", None) or encoder.config.d_model
+        width = states_width(encoder)
     except (AttributeError, NotImplementedError) as error:
         raise UserError("model", name, f"its encoder, decoder and head cannot be told apart ({error})", mend) from None
     if encoder is model or decoder is model:
@@ -342,20 +199,44 @@ def _measured_scale(model: PreTrainedModel) -> float:
     # Fixed numbers, not random ones: loading a model must not move any generator.
     states = torch.sin(torch.arange(4 * width, device=device, dtype=torch.float32)).view(1, 4, width).to(dtype)
     ids = torch.arange(3, device=device)[None] % head.weight.shape[0]
+    compared = []
     with _evaluating(model):
         try:
-            encoded = BaseModelOutput(last_hidden_state=states)
-            wanted = model(encoder_outputs=encoded, decoder_input_ids=ids, use_cache=False).logits.float()
-            result = run_decoder(model, projected(model, states), None, ids, None)
-        except Exception as error:  # whatever an architecture of another kind says to a plain encoder's output
+            encoded = _Encoded(last_hidden_state=states)
+            wanted = model(encoder_outputs=encoded, decoder_input_ids=ids, use_cache=False).logits
+            compared.append((wanted, run_decoder(model, projected(model, states), None, ids, None)))
+            source = _probe(model, encoder, ids)
+            if source:
+                wanted = model(**source, decoder_input_ids=ids, use_cache=False).logits
+                read = run_encoder(model, source)
+                compared.append((wanted, run_decoder(model, read, source.get("attention_mask"), ids, None)))
+        except Exception as error:  # whatever an architecture of another kind says
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError("model", name, f"cannot be decoded from encoder states alone ({reason})", mend) from error
-        tolerance = (1e-3 if head.weight.dtype == torch.float32 else 5e-2) * wanted.abs().max().clamp(min=1e-6)
-        for scale in (1.0, result.shape[-1] ** -0.5):
-            found = output_logits(model, result * scale).float()
-            if found.shape == wanted.shape and (found - wanted).abs().max() <= tolerance:
+            problem = f"cannot be driven by a source and a completion alone ({reason})"
+            raise UserError("model", name, problem, mend) from error
+        for scale in (1.0, compared[0][1].shape[-1] ** -0.5):
+            if all(_alike(output_logits(model, result * scale), wanted) for wanted, result in compared):
                 return scale
     raise UserError("model", name, "its logits are not its output embedding on its decoder's states", mend)
+
+
+def _probe(model: PreTrainedModel, encoder: nn.Module, ids: Tensor) -> dict[str, Tensor] | None:
+    """A source to try a model on, where one can be made without its preprocessor: three tokens, or a grey image."""
+    name = source_name(model)
+    if name == "input_ids":
+        return {name: ids, "attention_mask": torch.tensor([[1, 1, 0]], device=ids.device)}
+    size = getattr(encoder.config, "image_size", None)
+    if name != "pixel_values" or size is None:
+        return None
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    dtype = next(encoder.parameters()).dtype
+    return {name: torch.full((1, encoder.config.num_channels, *size), 0.5, device=ids.device, dtype=dtype)}
+
+
+def _alike(found: Tensor, wanted: Tensor) -> bool:
+    found, wanted, exact = found.float(), wanted.float(), wanted.dtype == torch.float32
+    tolerance = (1e-3 if exact else 5e-2) * wanted.abs().max().clamp(min=1e-6)
+    return found.shape == wanted.shape and bool((found - wanted).abs().max() <= tolerance)
 
 
 @contextmanager
@@ -374,14 +255,14 @@ def encode(model: Any, source_ids: Tensor, source_mask: Tensor | None) -> Tensor
 
     Args:
         model: a view, or a PEFT model around one.
-        source_ids: (B, S) token ids, or whatever the model's ``main_input_name`` takes (features, pixels).
+        source_ids: (B, S) token ids, or whatever else its encoder reads (features, pixels; see ``source_name``).
         source_mask: (B, S), 1 where a token is real; None for encoders without a mask.
 
     Returns:
         (B, S, H) states.
     """
     inner = unwrap(model)
-    return run_encoder(inner, {inner.main_input_name: source_ids, "attention_mask": source_mask})
+    return run_encoder(inner, {source_name(inner): source_ids, "attention_mask": source_mask})
 
 
 def decode(

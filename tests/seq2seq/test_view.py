@@ -281,7 +281,7 @@ def _switch():
     [
         (_bert_to_bert, "its logits are not its output embedding"),  # a transform lies between states and embedding
         (_prophet_net, "its logits are not its output embedding"),  # n-gram streams
-        (_switch, "cannot be decoded from encoder states alone"),  # experts want the encoder's routing too
+        (_switch, "cannot be driven by a source and a completion alone"),  # experts want the encoder's routing too
     ],
 )
 def test_another_architecture_is_refused_in_one_line(build, problem):
@@ -326,7 +326,7 @@ def test_a_mask_of_another_length_than_the_states_is_shortened_as_the_model_does
         expected = plain_log_probs(model, features, frame_mask, completion, mask, ROWS["sample-major"])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     t5 = as_view(tiny("t5"))
-    with pytest.raises(ValueError, match="a mask of length 9 for 6 encoder states"):
+    with pytest.raises(UserError, match="9 long for 6 encoder states: T5ForConditionalGeneration says no way"):
         sequence_log_probs(t5, states, tiny_batch()[1], completion, mask, order="sample-major")
 
 
