@@ -92,20 +92,22 @@ def word_tasks(
         held_out: nouns -> plurals of which neither may be seen: no word and no past or participle here is one of them.
 
     Returns:
-        ``plural``, ``past``, ``participle``, ``article``, ``copy``, ``reverse``, ``upper``, ``capitalize``,
-        ``first_letter`` and ``last_letter``.
+        ``plural``, ``past``, ``participle``, ``article``, ``add_s``, ``copy``, ``reverse``, ``upper``, ``capitalize``,
+        ``first_letter`` and ``last_letter``. Plurals and words with an s behind them are mostly alike: a few examples
+        do not always tell which is meant.
 
     Raises:
         UserError: ``inflect`` is not installed.
     """
     hidden = {*held_out, *held_out.values()}
-    words = [word for word in vocabulary.words if word not in hidden]
+    words = sorted({*vocabulary.words, *plurals} - hidden)
     verbs = [v for v in vocabulary.past if not {v, vocabulary.past[v], vocabulary.participle[v]} & hidden]
     return {
         "plural": dict(plurals),
         "past": {verb: vocabulary.past[verb] for verb in verbs},
         "participle": {verb: vocabulary.participle[verb] for verb in verbs},
         "article": {word: indefinite(word) for word in words},
+        "add_s": {word: word + "s" for word in words},
         "copy": {word: word for word in words},
         "reverse": {word: word[::-1] for word in words},
         "upper": {word: word.upper() for word in words},
