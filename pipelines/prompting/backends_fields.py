@@ -34,7 +34,7 @@ class BackendFields:
     chat_models: list[str] = Field(
         default_factory=list, description="names of models= that read a prompt through their chat template"
     )
-    generation_batch_size: int = Field(16, ge=1, description="rows in one forward pass", json_schema_extra=INERT)
+    generation_batch_size: int = Field(16, ge=1, description="rows in one forward pass")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "fp32", description="arithmetic of models=; auto takes bf16 where it is measured to be faster on this device"
     )

@@ -179,7 +179,7 @@ class EndpointBackend:
             if isinstance(answer, str):
                 raise UserError(f"endpoints.{self.name}", prompt, f"no answer came ({answer})", "give it again")
             if answer.get("log_probs") is None:
-                raise self._without_log_probs("the token-probability view needs them")
+                raise self._without_log_probs("the token-probability view needs them", "views=0")
             found.append(
                 [
                     TokenProbability(token, math.exp(log_prob), tuple((t, math.exp(p)) for t, p in others))
@@ -230,7 +230,8 @@ class EndpointBackend:
             # A token that begins every text may stand before it, and what was written stands behind it.
             place = -"".join(answer.get("tokens", ())).find(text)
             if answer.get("log_probs") is None or place > 0:
-                raise self._without_log_probs("scoring by likelihood needs those of the prompt (echo)")
+                why = "scoring by likelihood needs those of the prompt (echo)"
+                raise self._without_log_probs(why, "scoring=[generate]")
             mine = []
             for token, log_prob in zip(answer["tokens"], answer["log_probs"], strict=True):
                 mine.append((place, place + len(token), log_prob))
@@ -241,8 +242,8 @@ class EndpointBackend:
         scored = [[p for begin, _, p in mine if begin >= start and p is not None] for mine in placed]
         return [ChoiceScore(math.fsum(some), len(some)) for some in scored]
 
-    def _without_log_probs(self, why: str) -> UserError:
-        mend = "give scoring=[generate], or a server that gives them (vLLM, llama.cpp) or the model itself in models="
+    def _without_log_probs(self, why: str, instead: str) -> UserError:
+        mend = f"give {instead}, a server that gives them (such as vLLM), or the model itself in models="
         return UserError(f"endpoints.{self.name}", self.spec.url, f"gives no token log-probabilities; {why}", mend)
 
     # --- asking -------------------------------------------------------------------------------------------------------

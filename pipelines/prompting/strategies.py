@@ -38,6 +38,9 @@ PLACEHOLDERS: dict[str, dict[str, str]] = {
 """Kind of task -> placeholder -> meaning. ``shot`` also has ``{answer}``; ``choice`` has ``{label}`` and ``{text}``."""
 
 
+_TRIES = 200  # draws of an answer before it is taken that none is wrong
+
+
 @config
 class Strategy:
     """How a prompt is made."""
@@ -169,7 +172,9 @@ def _fill(strategy: Strategy, template: str, example: Example, **more: str) -> s
     return template.format(**names, **more)
 
 
-def draw_shots(train: Sequence[Example], count: int, seed: int, *, without: Example | None = None) -> list[Example]:
+def draw_shots(
+    train: Sequence[Example], count: int, seed: int | str, *, without: Example | None = None
+) -> list[Example]:
     """The solved examples of a prompt: the first ``count`` of a random order, so that k shots are among k + 1.
 
     Args:
@@ -190,7 +195,7 @@ def draw_shots(train: Sequence[Example], count: int, seed: int, *, without: Exam
     return [free[i] for i in order[:count]]
 
 
-def wrong_answers(shots: Sequence[Example], seed: int, others: Sequence[Example] = ()) -> list[str]:
+def wrong_answers(shots: Sequence[Example], seed: int | str, others: Sequence[Example] = ()) -> list[str]:
     """For each solved example an answer that is wrong: another choice, or what another example has for an answer.
 
     Args:
@@ -205,17 +210,26 @@ def wrong_answers(shots: Sequence[Example], seed: int, others: Sequence[Example]
     for example in shots:
         draw = random.Random(f"wrong {seed} {example.id}")
         if example.choices:
-            wrong = [choice.label for choice in example.choices if choice.label != example.answer]
-        else:
-            right = {example.answer, *example.references}
-            wrong = sorted({other.answer for other in (*shots, *others)} - right)
-        if not wrong:
-            raise UserError("wrong_labels", True, f"{example.id} has no wrong answer", "give more examples or choices")
-        found.append(draw.choice(wrong))
+            found.append(draw.choice([choice.label for choice in example.choices if choice.label != example.answer]))
+            continue
+        right = {example.answer, *example.references}
+        pool = others or shots
+        tried = (draw.choice(pool).answer for _ in range(_TRIES))
+        wrong = next((answer for answer in tried if answer not in right), None)
+        if wrong is None:
+            raise UserError("wrong_labels", True, f"{example.id} has no wrong answer", "give more examples")
+        found.append(wrong)
     return found
 
 
-def render(strategy: Strategy, example: Example, shots: Sequence[Example], *, seed: int = 0) -> Prompt:
+def render(
+    strategy: Strategy,
+    example: Example,
+    shots: Sequence[Example],
+    *,
+    seed: int | str = 0,
+    others: Sequence[Example] = (),
+) -> Prompt:
     """The prompt of one example.
 
     Args:
@@ -223,6 +237,10 @@ def render(strategy: Strategy, example: Example, shots: Sequence[Example], *, se
         example: what is asked.
         shots: solved examples, in the order in which they are shown.
         seed: of the wrong answers.
+        others: what wrong answers are taken from, where there are no choices; the solved examples where empty.
+
+    Raises:
+        UserError: there are no wrong answers to be had.
     """
     template = strategy.shot
     if template is None:
@@ -230,7 +248,7 @@ def render(strategy: Strategy, example: Example, shots: Sequence[Example], *, se
         template += strategy.shot_separator.replace("{", "{{").replace("}", "}}")
     answers: list[str | None] = [None] * len(shots)
     if strategy.wrong_labels:
-        answers = list(wrong_answers(shots, seed))
+        answers = list(wrong_answers(shots, seed, others))
     parts = [strategy.instruction.format()]
     for shot, answer in zip(shots, answers, strict=True):
         parts.append(_fill(strategy, template, shot, answer=answer_text(strategy, shot, answer)))

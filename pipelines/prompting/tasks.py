@@ -9,6 +9,7 @@ or as the hub has it, ``question`` being the stem and ``choices`` ``{"label": [â
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -94,6 +95,13 @@ class TaskFields(CorpusFields):
         if self.task == "multiple_choice" and self.dataset == EMBEDDED:
             mend = "give a file in CommonsenseQA's format, or tau/commonsense_qa"
             found.append(Problem("dataset", self.dataset, "has no questions with choices", mend))
+        return found
+
+    def environment(self) -> dict[str, str]:
+        """The version of the package that decides what is right, where one does."""
+        found = super().environment()
+        if self.task == "words" and self.target_column is None:
+            found["inflect"] = importlib.metadata.version("inflect")
         return found
 
 
