@@ -215,6 +215,10 @@ def pretrain(config: PretrainConfig) -> dict[str, float]:
 
     state = PartialState()
     model, tokenizer = load_or_new(config)
+    precision = choose_precision(config.precision)
+    if state.device.type == "cpu" and precision == "bf16":
+        # PyTorch's fused kernel for the CPU has no gradient for T5's bias, and what it falls back to is slower than this.
+        model.set_attn_implementation("eager")
     sentinels = sentinel_ids(tokenizer)
     row_length = _check_sentinels(config, tokenizer, sentinels)
     _check_prefixes(config, tokenizer)
@@ -303,7 +307,7 @@ def pretrain(config: PretrainConfig) -> dict[str, float]:
         max_source_length=config.max_source_length,
         max_target_length=config.max_target_length,
         prefix=config.prefix,
-        precision=choose_precision(config.precision),
+        precision=precision,
         generation_batch_size=config.eval_batch_size,
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(config))

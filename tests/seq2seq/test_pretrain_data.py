@@ -204,6 +204,8 @@ def test_gather_pads_on_the_right():
         [17, 18, 19],
         [-1, -1, -1],
     ]
+    unsigned = gather(flat.astype(np.uint16), np.array([0, 8]), np.array([3, 2]), IGNORED)
+    assert unsigned.tolist() == [[10, 11, 12], [18, 19, IGNORED]]
 
 
 def test_the_decoder_reads_what_it_wrote():
