@@ -66,7 +66,8 @@ class ForkServer:
     def answer(self, *argv: str, cwd: Path | None = None) -> tuple[int, str, str]:
         """Run a command line to its end in the folder ``cwd``; returns exit code, standard output, standard error.
 
-        With ``--recipe family/stage`` in front, it is the command line of that recipe's script.
+        With ``--recipe family/stage`` in front, it is the command line of that recipe's script; with ``--launch``, what
+        stands after ``accelerate launch``.
         """
         files = [self.logs / "child.out", self.logs / "child.err"]
         for file in files:
@@ -96,7 +97,7 @@ def fork_server(script: Path, logs: Path) -> Iterator[ForkServer]:
         )
         yield ForkServer(process, logs)
         process.stdin.close()
-        process.wait(timeout=30)
+        process.wait(timeout=120)
 
 
 @pytest.fixture(scope="session")
