@@ -217,7 +217,7 @@ def pretrain(config: PretrainConfig) -> dict[str, float]:
     model, tokenizer = load_or_new(config)
     precision = choose_precision(config.precision)
     if state.device.type == "cpu" and precision == "bf16":
-        # PyTorch's fused kernel for the CPU has no gradient for T5's bias, and what it falls back to is slower than this.
+        # The fused kernel for the CPU has no gradient for T5's bias, and what it falls back to is slower than this.
         model.set_attn_implementation("eager")
     sentinels = sentinel_ids(tokenizer)
     row_length = _check_sentinels(config, tokenizer, sentinels)
