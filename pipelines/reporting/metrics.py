@@ -16,6 +16,7 @@ from pathlib import Path
 from pipelines.errors import UserError
 
 LOW, HIGH = "_ci_low", "_ci_high"
+ERROR = "_se"  # a standard error, over test images or over seeds
 MINUS = "_minus_"  # sft/rouge1_minus_lead1: a paired difference
 
 
@@ -76,6 +77,23 @@ MEASURES: dict[str, Measure] = {
     "truncated_targets": _percent("Targets cut"),
     "truncated_documents": _percent("Documents cut"),
     "truncated_summaries": _percent("Summaries cut"),
+    "frechet_distance": Measure("Fréchet distance", digits=2),
+    "grey_frechet_distance": Measure("Fréchet distance, grey levels", digits=2),
+    "precision": _percent("Precision"),
+    "recall": _percent("Recall"),
+    "confidence": _percent("Classifier's confidence"),
+    "classifier/accuracy": _percent("Images told rightly"),
+    "binary_accuracy": _percent("Binary images told rightly"),
+    "class_coverage": _percent("Classes covered"),
+    "class_entropy": Measure("Class entropy", "nats", digits=2),
+    "nearest_distance": Measure("Distance to a training image", digits=2),
+    "nearest_ratio": Measure("The same / held-out images", digits=2),
+    "copies": _percent("Copies"),
+    "bound": Measure("Bound", "nats", digits=1),
+    "negative_elbo": Measure("Negative ELBO", "nats", digits=2),
+    "importance_weighted": Measure("Importance-weighted bound", "nats", digits=2),
+    "reconstruction": Measure("Reconstruction", "nats", digits=2),
+    "bits_per_pixel": Measure("Bound", "bits a pixel", digits=3),
 }
 
 
@@ -89,11 +107,11 @@ class Estimate:
 
 
 def measure_of(key: str) -> Measure:
-    """The measure of a metrics key, by its last part; an unknown one goes by its own name."""
+    """The measure of a metrics key, whole or by its last part; an unknown one goes by its own name."""
     name = key.rsplit("/", 1)[-1]
     if MINUS in name:
         return Measure(name.replace("_", " "), digits=1, signed=True)
-    return MEASURES.get(name) or Measure(name.replace("_", " "), digits=None)
+    return MEASURES.get(key) or MEASURES.get(name) or Measure(name.replace("_", " "), digits=None)
 
 
 def estimate(metrics: Mapping[str, float], key: str) -> Estimate | None:
@@ -104,10 +122,12 @@ def estimate(metrics: Mapping[str, float], key: str) -> Estimate | None:
 
 
 def format_interval(metrics: Mapping[str, float], key: str) -> str:
-    """The interval as ``23.2–25.0``; empty when there is none."""
+    """The interval as ``23.2–25.0``, else the standard error as ``± 0.4``; empty when there is neither."""
     found = estimate(metrics, key)
-    if found is None or found.low is None or found.high is None:
+    if found is None:
         return ""
+    if found.low is None or found.high is None:
+        return f"± {measure_of(key).number(metrics[key + ERROR])}" if key + ERROR in metrics else ""
     low, high = (measure_of(key).number(end) for end in (found.low, found.high))
     return f"{low}–{high}" if found.low >= 0 and low[0] != "+" else f"{low} to {high}"
 
@@ -130,8 +150,8 @@ def format_mean(metrics: Mapping[str, float], key: str, missing: str = "–") ->
 
 
 def is_interval_key(key: str) -> bool:
-    """Whether ``key`` holds one end of another key's interval."""
-    return key.endswith((LOW, HIGH))
+    """Whether ``key`` holds one end of another key's interval, or its standard error."""
+    return key.endswith((LOW, HIGH, ERROR))
 
 
 def check_metrics(metrics: Mapping[str, object], where: str) -> dict[str, float]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from markupsafe import Markup
@@ -45,12 +47,23 @@ def figure(svg: str, caption: str, title: str = "") -> Markup:
     """A figure with its caption.
 
     Args:
-        svg: SVG as ``plots.svg`` writes it (its texts are escaped there).
+        svg: SVG as ``plots.svg`` writes it (its texts are escaped there), or a ``picture``.
         caption: one line that says what to see.
         title: a short heading above it.
     """
     heading = Markup("<h4>{}</h4>").format(title) if title else Markup("")
     return Markup("<figure>{}{}<figcaption>{}</figcaption></figure>").format(heading, Markup(svg), caption)
+
+
+def picture(path: Path, alt: str) -> Markup:
+    """A PNG file (an animated one too) as an element that carries it, to be put into ``figure``.
+
+    Args:
+        path: the file.
+        alt: what it shows, for those who cannot see it.
+    """
+    content = base64.b64encode(path.read_bytes()).decode("ascii")
+    return Markup('<img src="data:image/png;base64,{}" alt="{}">').format(content, alt)
 
 
 def figures(parts: Iterable[Markup]) -> Markup:

@@ -243,6 +243,40 @@ def forest(
         return svg(figure, name, alt)
 
 
+def dots(
+    name: str,
+    panels: Sequence[tuple[str, dict[str, float], bool]],
+    systems: Sequence[tuple[str, str]],
+    muted: str,
+    alt: str,
+) -> str:
+    """One measure a panel, one system a row, the same rows in all panels, as SVG.
+
+    Args:
+        name: the figure's name.
+        panels: (what is measured, system -> value, whether on a logarithmic scale).
+        systems: (key, label), the first on top.
+        muted: key of the system drawn in grey.
+        alt: what the figure shows, in words.
+    """
+    places = {key: place for place, (key, _) in enumerate(reversed(systems))}
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(len(panels), height=(0.55 + 0.24 * len(systems)) * len(panels))
+        for axis, (label, values, logarithmic) in zip(axes, panels, strict=True):
+            for key, value in values.items():
+                axis.plot(value, places[key], "o", color=MUTED if key == muted else SERIES[0], markersize=5.5)
+            if logarithmic:
+                axis.set_xscale("log")
+            else:
+                axis.xaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
+            axis.set_yticks(list(places.values()), [dict(systems)[key] for key in places])
+            axis.tick_params(axis="y", labelcolor=INK)
+            axis.set_ylim(-0.6, len(systems) - 0.4)
+            axis.margins(x=0.08)
+            axis.set_xlabel(label)
+        return svg(figure, name, alt)
+
+
 def calibration(name: str, bins: Sequence[dict], alt: str) -> str:
     """Confidence against the share that is right, with intervals, and the diagonal of a calibrated model, as SVG.
 

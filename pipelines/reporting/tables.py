@@ -18,7 +18,13 @@ BASELINES = {
 }
 """What needs no training, in the order in which it is shown."""
 
-MODELS = {"scratch": "Trained from scratch", "finetuned": "Fine-tuned", "sft": "SFT", "ppo": "PPO", "dpo": "DPO"}
+MODELS = {"scratch": "Trained from scratch", "finetuned": "Fine-tuned", "sft": "SFT", "ppo": "PPO", "dpo": "DPO"} | {
+    "ddpm": "DDPM",
+    "bitflip": "Bit-flip diffusion",
+    "vae": "VAE",
+    "gan": "GAN",
+    "training_images": "Training images",
+}
 """The trained systems that have a readable name; others go by the name of their stage."""
 
 RESULT_MEASURES = (
@@ -151,7 +157,11 @@ def results_table(
         order: stage names in the order they ran.
         measures: the columns that are wanted, where any system has them.
     """
-    systems = systems_in(metrics, order)
+    return systems_table(metrics, systems_in(metrics, order), measures)
+
+
+def systems_table(metrics: Mapping[str, float], systems: Sequence[str], measures: Sequence[str]) -> Table | None:
+    """The same for given systems, in their order."""
     columns = [m for m in measures if any(f"{s}/{m}" in metrics for s in systems)]
     if not systems or not columns:
         return None

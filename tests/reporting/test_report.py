@@ -204,9 +204,9 @@ def test_stages_of_other_names_and_unknown_kinds(run: Path, tmp_path: Path) -> N
     (folder / "ppo").rename(folder / "ppo_seed1")
     shutil.copytree(folder / "ppo_seed1", folder / "ppo_seed2")
     history = [{"step": n, "fid": 30.0 - n, "note": "x", "flag": True} for n in range(12)]
-    synthetic.write_stage(folder, "vae", {"vae/fid": 18.0}, recipe="images/vae")
-    synthetic.write(folder / "vae" / "log_history.json", history)
-    names = ["corpus", "tokenizer", "sft", "preferences", "reward", "ppo_seed1", "ppo_seed2", "dpo", "evaluate", "vae"]
+    synthetic.write_stage(folder, "flow", {"flow/fid": 18.0}, recipe="elsewhere/flow")
+    synthetic.write(folder / "flow" / "log_history.json", history)
+    names = ["corpus", "tokenizer", "sft", "preferences", "reward", "ppo_seed1", "ppo_seed2", "dpo", "evaluate", "flow"]
     synthetic.write(folder / "run.json", {"name": "two seeds", "stages": names})
     text = write_report(folder).read_text(encoding="utf-8")
     page = Page(text)
@@ -214,8 +214,8 @@ def test_stages_of_other_names_and_unknown_kinds(run: Path, tmp_path: Path) -> N
     assert len(ids) == len(set(ids))
     assert text.count("<h3>ppo_seed") == 2
     assert "ppo_seed2: from the first to the last fifth" in text
-    section = re.search(r'<section id="stage-vae">(.*?)</section>', text, flags=re.DOTALL).group(1)
-    assert "vae/fid" in section
+    section = re.search(r'<section id="stage-flow">(.*?)</section>', text, flags=re.DOTALL).group(1)
+    assert "flow/fid" in section
     assert section.count("<figure>") == 1
 
 

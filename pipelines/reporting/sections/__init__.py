@@ -8,8 +8,24 @@ from pipelines.reporting.sections.best_of_n import best_of_n
 from pipelines.reporting.sections.curves import learning_curves
 from pipelines.reporting.sections.data import data
 from pipelines.reporting.sections.examples import examples
+from pipelines.reporting.sections.images import images
+from pipelines.reporting.sections.images_training import images_training
 from pipelines.reporting.sections.ppo import ppo
+from pipelines.reporting.sections.prompting import prompting
+from pipelines.reporting.sections.prompting_explore import prompting_explore
 from pipelines.reporting.sections.results import results
 from pipelines.reporting.sections.reward import reward_model
 
-SECTIONS: tuple[SectionWriter, ...] = (results, examples, ppo, best_of_n, reward_model, learning_curves, data)
+SECTIONS: tuple[SectionWriter, ...] = (
+    results,
+    examples,
+    ppo,
+    best_of_n,
+    reward_model,
+    prompting,
+    prompting_explore,
+    images,
+    images_training,
+    learning_curves,
+    data,
+)

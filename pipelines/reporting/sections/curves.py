@@ -9,7 +9,7 @@ from pipelines.reporting.page import Section, figure, figures, heading, join
 from pipelines.reporting.plots import Panel, Series
 from pipelines.reporting.run import Run, Stage
 
-SHOWN_ELSEWHERE = ("ppo", "reward")
+SHOWN_ELSEWHERE = ("ppo", "reward", "ddpm", "bitflip", "vae", "gan", "classifier")
 
 
 def learning_curves(run: Run) -> Section | None:
