@@ -8,12 +8,13 @@ import pytest
 import scipy.linalg
 import torch
 
-from pipelines.images.measures import (
-    class_statistics,
+from pipelines.images.measure_math import (
+    class_coverage,
+    class_entropy,
+    copies,
     frechet_distance,
     mean_and_covariance,
-    memorization,
-    nearest_distances,
+    nearest,
     precision_and_recall,
 )
 
@@ -48,15 +49,22 @@ def test_frechet_distance_of_known_gaussians():
     assert frechet_distance(3 * x + 2, x) == pytest.approx(4 + 4, rel=1e-12)
 
 
-def test_nearest_distances_are_brute_forces():
-    queries, references = random(7, 2, 3), random(11, 2, 3, seed=1)
+def test_the_nearest_are_brute_forces():
+    queries, references = random(700, 2, 3), random(40, 2, 3, seed=1)
     for rank in (1, 3):
-        wanted = [
-            sorted(math.dist(q.flatten().tolist(), r.flatten().tolist()) for r in references)[rank - 1] for q in queries
-        ]
-        np.testing.assert_allclose(nearest_distances(queries, references, rank=rank), wanted, rtol=1e-6)
+        found, places = nearest(queries, references, rank=rank)
+        everything = (queries[:, None] - references[None]).flatten(2).norm(dim=2)
+        torch.testing.assert_close(found, everything.sort(1).values[:, rank - 1])
+        assert torch.equal(places, everything.argsort(1)[:, rank - 1])
     with pytest.raises(ValueError, match="fewer than rank"):
-        nearest_distances(queries, references[:2], rank=3)
+        nearest(queries, references[:2], rank=3)
+
+
+def test_the_distance_to_itself_is_exactly_nothing():
+    images = random(50, 1, 28, 28) + 100  # where ‖a‖² + ‖b‖² − 2ab has no digits left
+    found, places = nearest(images, images)
+    assert torch.equal(found, torch.zeros(50))
+    assert torch.equal(places, torch.arange(50))
 
 
 def brute_force_precision(real: torch.Tensor, fake: torch.Tensor, k: int) -> float:
@@ -73,7 +81,7 @@ def brute_force_precision(real: torch.Tensor, fake: torch.Tensor, k: int) -> flo
 @pytest.mark.parametrize("k", [1, 3])
 def test_precision_and_recall_are_brute_forces(k):
     real, fake = random(20, 2), 0.7 * random(15, 2, seed=1) + 0.6
-    precision, recall = precision_and_recall(real, fake, neighbours=k)
+    precision, recall = (values.mean().item() for values in precision_and_recall(real, fake, neighbours=k))
     assert precision == pytest.approx(brute_force_precision(real, fake, k))
     assert recall == pytest.approx(brute_force_precision(fake, real, k))
     assert 0 < recall < 1
@@ -83,39 +91,34 @@ def test_precision_and_recall_tell_dropped_modes_from_bad_samples():
     modes = torch.tensor([[0.0, 0.0], [20.0, 0.0]])
     real = (modes[:, None] + random(2, 100, 2)).flatten(0, 1)
     one_mode = random(200, 2, seed=3)
-    precision, recall = precision_and_recall(real, one_mode)
+    precision, recall = (values.mean().item() for values in precision_and_recall(real, one_mode))
     assert precision > 0.9
     assert 0.4 < recall < 0.55  # nothing of the other mode
     spread = torch.rand(200, 2, generator=torch.Generator().manual_seed(4)) * 60 - 20
-    precision, recall = precision_and_recall(real, spread)
+    precision, recall = (values.mean().item() for values in precision_and_recall(real, spread))
     assert precision < 0.3
     assert recall > 0.9
 
 
-def test_class_statistics():
+def test_coverage_and_entropy_of_classes():
     even = torch.eye(4).repeat(5, 1)
-    found = class_statistics(even)
-    assert (found.confidence, found.coverage, found.counts) == (1.0, 1.0, (5, 5, 5, 5))
-    assert found.entropy == pytest.approx(math.log(4), rel=1e-12)
+    assert class_coverage(even) == 1.0
+    assert class_entropy(even) == pytest.approx(math.log(4), rel=1e-12)
     # 100 samples, 4 classes: an even share is 25, a class counts as covered from 3 samples on
     counts = (95, 3, 2, 0)
     rows = torch.eye(4)[list(itertools.chain.from_iterable([i] * n for i, n in enumerate(counts)))]
-    found = class_statistics(0.6 * rows + 0.1)
-    assert found.counts == counts
-    assert found.coverage == 0.5
-    assert found.confidence == pytest.approx(0.7, rel=1e-6)
-    assert found.entropy == pytest.approx(-sum(n / 100 * math.log(n / 100) for n in counts if n), rel=1e-12)
-    assert class_statistics(torch.eye(3)[[1]]).entropy == 0.0
+    assert class_coverage(0.6 * rows + 0.1) == 0.5
+    assert class_entropy(0.6 * rows + 0.1) == pytest.approx(-sum(n / 100 * math.log(n / 100) for n in counts if n))
+    assert class_entropy(torch.eye(3)[[1]]) == 0.0
+    assert class_coverage(torch.eye(3)[[1]]) == pytest.approx(1 / 3)
 
 
-def test_memorization_tells_copies_from_new_images():
+def test_copies_are_told_from_new_images():
     training, held_out = random(300, 1, 4, 4), random(200, 1, 4, 4, seed=1)
-    fresh = memorization(random(200, 1, 4, 4, seed=2), held_out, training)
-    assert 0.95 < fresh.ratio < 1.05
-    assert fresh.copies < 0.05
-    copied = memorization(training[:200] + 0.01 * random(200, 1, 4, 4, seed=3), held_out, training)
-    assert copied.ratio < 0.1
-    assert copied.copies == 1.0
-    assert copied.held_out == fresh.held_out
-    half = memorization(torch.cat([training[:100], random(100, 1, 4, 4, seed=2)]), held_out, training)
-    assert 0.5 <= half.copies < 0.55
+    reference, _ = nearest(held_out, training)
+    fresh, _ = nearest(random(200, 1, 4, 4, seed=2), training)
+    assert copies(fresh, reference).mean() < 0.05
+    copied, _ = nearest(training[:200] + 0.01 * random(200, 1, 4, 4, seed=3), training)
+    assert copies(copied, reference).tolist() == [1.0] * 200
+    assert copies(torch.cat([copied[:100], fresh[:100]]), reference)[:101].sum() == 100
+    assert copies(reference, reference).mean().item() == pytest.approx(0.01, abs=0.005)
