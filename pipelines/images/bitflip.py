@@ -8,12 +8,12 @@ from pydantic import Field
 
 from pipelines.config import INERT, config
 from pipelines.errors import Problem
-from pipelines.images.training import ImageTrainingConfig, run_method
-from pipelines.images.unet import UNetFields
+from pipelines.images.training import run_method
+from pipelines.images.unet import DiffusionTraining, UNetFields
 
 
 @config
-class BitFlipConfig(UNetFields, ImageTrainingConfig):
+class BitFlipConfig(UNetFields, DiffusionTraining):
     """Train a bit-flip diffusion."""
 
     family: ClassVar[str] = "bitflip"
@@ -23,13 +23,6 @@ class BitFlipConfig(UNetFields, ImageTrainingConfig):
         "bernoulli",
         description="bernoulli: each pixel is 1 with the probability that its grey level is, drawn afresh each time "
         "the image is seen; threshold: 1 from `threshold` on",
-    )
-    ema_decay: float = Field(
-        0.999,
-        ge=0,
-        lt=1,
-        description="exponential moving average of the weights, which is what is saved, sampled and measured; it "
-        "rises to this decay as (1 + step)/(10 + step); 0: none",
     )
     patch_size: int = Field(
         2, ge=1, description="side of the squares of pixels that the network sees as channels of one place"

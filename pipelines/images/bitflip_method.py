@@ -13,7 +13,7 @@ from pipelines.images.bitflip_bound import stage_divergence, variational_bound
 from pipelines.images.bitflip_pipeline import BitFlipPipeline, network_output
 from pipelines.images.bitflip_scheduler import BitFlipScheduler
 from pipelines.images.training import adam
-from pipelines.images.unet import new_unet, spread_timesteps
+from pipelines.images.unet import new_unet, spread_timesteps, strip
 
 if TYPE_CHECKING:
     from pipelines.images.bitflip import BitFlipConfig
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from pipelines.images.method import Batch, Draws
 
 _TOGETHER = 500  # images that are sampled at once
-_STRIP = (5, 11)  # samples, and stages shown of each
 
 
 class BitFlipMethod:
@@ -89,14 +88,13 @@ class BitFlipMethod:
 
     def pictures(self, batch: Batch, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
         """Some samples on their way, each above what the network expects of the image meanwhile."""
-        count, columns = _STRIP
         steps = self.config.inference_steps or self.config.timesteps
-        shown = {round(place * (steps - 1) / (columns - 1)) for place in range(columns)}
-        stages = [
-            found for place, found in enumerate(self.pipeline().denoise(count, generator, steps)) if place in shown
-        ]
-        pairs = torch.stack([torch.stack([s.prev_sample.float(), s.pred_original_sample]) for s in stages], 2)
-        yield "denoising", (pairs.transpose(0, 1).flatten(0, 1) + 1) / 2
+
+        def stages(count: int) -> Iterator[tuple[Tensor, Tensor]]:
+            found = self.pipeline().denoise(count, generator, steps)
+            return ((stage.prev_sample, stage.pred_original_sample) for stage in found)
+
+        yield "denoising", strip(stages, steps)
 
     def pipeline(self) -> BitFlipPipeline:
         """See ``Method.pipeline``."""

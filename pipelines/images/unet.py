@@ -1,20 +1,46 @@
-"""The network of both diffusions: diffusers' ``UNet2DModel``, small."""
+"""What both diffusions share: their network, diffusers' ``UNet2DModel``, how it is trained, how stages are drawn."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from pipelines.config import StageConfig, config
 from pipelines.errors import Problem, UserError
+from pipelines.images.training import ImageTrainingConfig
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
     from torch import Tensor
 
     from pipelines.images.method import Draws
+
+
+STRIP = (5, 11)
+"""Samples, and stages of each, of a picture of how they come about."""
+
+
+@config
+class DiffusionTraining(ImageTrainingConfig):
+    """Defaults of both diffusions: what counts is the number of steps, however large the set."""
+
+    max_steps: int = Field(2000, ge=-1, description="optimizer steps; -1 leaves it to epochs")
+    batch_size: int = Field(64, ge=1, description="images a device takes in one forward pass")
+    learning_rate: float = Field(2e-3, gt=0, description="peak learning rate")
+    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"] = Field(
+        "cosine", description="how the learning rate falls after the warm-up"
+    )
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the rate rises from 0")
+    ema_decay: float = Field(
+        0.995,
+        ge=0,
+        lt=1,
+        description="exponential moving average of the weights, which is what is saved, sampled and measured; it "
+        "rises to this decay as (1 + step)/(10 + step); 0: none",
+    )
 
 
 @config
@@ -95,3 +121,22 @@ def spread_timesteps(draws: Draws, count: int) -> Tensor:
     shift = torch.rand((), generator=draws.generator, device=draws.device, dtype=torch.float64)
     rows = torch.arange(draws.wanted.start, draws.wanted.stop, device=draws.device, dtype=torch.float64)
     return ((shift + rows / draws.rows) % 1 * count).long().clamp(max=count - 1)
+
+
+def strip(stages: Callable[[int], Iterable[tuple[Tensor, Tensor]]], steps: int) -> Tensor:
+    """A picture of samples on their way.
+
+    Args:
+        stages: number of samples -> for each of ``steps``, the samples then, and what the network expects of the images
+            then, both (n, C, H, W) in [−1, 1].
+        steps: how many.
+
+    Returns:
+        (rows, columns, C, H, W) in [0, 1]: two rows a sample, a column for each of some stages.
+    """
+    import torch
+
+    count, columns = STRIP
+    shown = {round(place * (steps - 1) / (columns - 1)) for place in range(columns)}
+    kept = [torch.stack(pair, 1).float() for number, pair in enumerate(stages(count)) if number in shown]
+    return (torch.stack(kept, 2).flatten(0, 1) + 1) / 2
