@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import shutil
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -96,6 +97,9 @@ class SoftConfig(TaskFields, MethodFields, TrainingConfig):
             UserError: more examples are asked for than there are.
         """
         for size in self.train_sizes:
+            if size < self.init_shots:
+                mend = f"give {self.init_shots} or more, or fewer init_shots"
+                raise UserError("train_sizes", size, f"init_shots={self.init_shots} are drawn from it", mend)
             if size > available:
                 mend = f"give {available} or less"
                 raise UserError("train_sizes", size, f"there are {available} training examples", mend)
@@ -113,7 +117,8 @@ def soft(config: SoftConfig) -> dict[str, float]:
 
     Writes, of each training, the adapter as PEFT saves it (of full fine-tuning the model), its tokenizer,
     ``predictions.jsonl`` and ``log_history.json`` into ``output_dir/<n>-examples-seed<s>``; and ``results.json``, what
-    the comparison reads: the measured value of each example in each training.
+    the comparison reads: the measured value of each example in each training. The log of the first training is that of
+    the stage.
 
     Returns:
         ``soft/accuracy`` (of summaries ``soft/rouge1``), the mean over the seeds on all training examples, also for the
@@ -151,63 +156,91 @@ def soft(config: SoftConfig) -> dict[str, float]:
         "ids": [example.id for example in measured],
         "inputs": [example.input for example in measured],
         "groups": [example.group for example in measured],
+        "references": [list(example.references) or [example.answer] for example in measured],
         "runs": done,
     }
     if state.is_main_process:
         write_json(Path(config.output_dir) / RESULTS_FILE, results)
+        first = Path(config.output_dir) / run_name(*config.trainings(len(task.train))[0])
+        shutil.copy(first / "log_history.json", Path(config.output_dir) / "log_history.json")
     state.wait_for_everyone()
     return _metrics(config, results)
 
 
-def _train(config: SoftConfig, task: Task, measured: list[Example], size: int, seed: int, folder: Path) -> None:
-    """One training: its folder is written whole or not at all."""
-    from accelerate import PartialState
+@dataclass
+class Fitted:
+    """A training that has ended.
+
+    Attributes:
+        model: as it was trained, PEFT's around it where there is one.
+        tokenizer: its tokenizer.
+        trainer: that trained it.
+        steps: optimizer steps.
+        parameters: of the model without what was added.
+    """
+
+    model: Any
+    tokenizer: Any
+    trainer: Any
+    steps: int
+    parameters: int
+
+
+def fit(config: SoftConfig, train: list[Example], size: int, seed: int) -> Fitted:
+    """Train the method on ``size`` of the examples, from a seed; goes on where a killed run's last checkpoint is.
+
+    Raises:
+        UserError: an unusable model, or examples that do not fit into it or do not fill a step.
+    """
     from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments
 
     from pipelines.prompting.backends_local import load_local
+    from pipelines.prompting.backends_text import Reader
     from pipelines.prompting.soft_data import CausalCollator, answer_rows
-    from pipelines.prompting.soft_methods import trainable_parameters, with_method
+    from pipelines.prompting.soft_methods import virtual_tokens, with_method
     from pipelines.prompting.soft_trainer import PromptTrainer
     from pipelines.prompting.strategies import draw_shots, render
     from pipelines.seq2seq.sft_trainer import ExampleSchedule
-    from pipelines.seq2seq.training import checkpoint_marker, optimizer_choice, save_history, training_arguments
+    from pipelines.seq2seq.training import checkpoint_marker, optimizer_choice, training_arguments
     from pipelines.training import global_batch, last_checkpoint
 
-    name, strategy = folder.name, config.written()
-    settings = dataclasses.replace(config, seed=seed)
+    strategy, settings = config.written(), dataclasses.replace(config, seed=seed)
     model, tokenizer = load_local(config.model, "model")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    encodes = bool(model.config.is_encoder_decoder)
     parameters = sum(p.numel() for p in model.parameters())
-    model = with_method(model, settings, tokenizer, seed=seed)
-    examples = draw_shots(task.train, size, seed)
-    rows = answer_rows(
+    examples = draw_shots(train, size, seed)
+    text = solved(strategy, examples[: config.init_shots]) if config.init_shots else config.init_text
+    model = with_method(model, settings, tokenizer, seed=seed, text=text)
+    reader = Reader(
         tokenizer,
-        [render(strategy, example, []) for example in examples],
-        encodes=encodes,
-        end=strategy.stop,
-        open_end=config.task != "multiple_choice",
+        model.config,
+        name=config.model,
+        virtual_tokens=virtual_tokens(config, tokenizer, text),
+        ends=model.generation_config.eos_token_id,
     )
-    _check_positions(model, config, rows)
+    prompts = [render(strategy, example, []) for example in examples]
+    rows = answer_rows(reader, prompts, end=strategy.stop, open_end=config.task != "multiple_choice")
     batch = global_batch(settings, size, noun="examples")
     steps = config.max_steps if config.max_steps > 0 else max(1, math.ceil(config.epochs * (size // batch)))
+    checkpoints = f"{CHECKPOINTS}/{run_name(size, seed)}"
     schedule = ExampleSchedule(rows, steps=steps, global_batch=batch, seed=seed)
-    arguments = training_arguments(
-        settings,
-        Seq2SeqTrainingArguments,
-        output_dir=str(Path(config.output_dir) / CHECKPOINTS / name),
-        max_steps=steps,
-        num_train_epochs=1,
-        train_sampling_strategy="sequential",
-        eval_strategy="no",
-        remove_unused_columns=False,
-        label_names=["labels"],
-    )
-    collator = DataCollatorForSeq2Seq(tokenizer, model=model) if encodes else CausalCollator(tokenizer.pad_token_id)
+    collator = CausalCollator(tokenizer.pad_token_id)
+    if reader.encodes:
+        collator = DataCollatorForSeq2Seq(tokenizer, model=model)
     trainer = PromptTrainer(
         model=model,
-        args=arguments,
+        args=training_arguments(
+            settings,
+            Seq2SeqTrainingArguments,
+            output_dir=str(Path(config.output_dir) / checkpoints),
+            max_steps=steps,
+            num_train_epochs=1,
+            train_sampling_strategy="sequential",
+            eval_strategy="no",
+            remove_unused_columns=False,
+            label_names=["labels"],
+        ),
         train_dataset=schedule,
         data_collator=collator,
         processing_class=tokenizer,
@@ -215,22 +248,32 @@ def _train(config: SoftConfig, task: Task, measured: list[Example], size: int, s
     )
     trainer.optimizer_cls_and_kwargs = optimizer_choice(settings)
     trainer.schedule = schedule
-    trainer.train(resume_from_checkpoint=last_checkpoint(config, f"{CHECKPOINTS}/{name}"))
-    trained = trainer.accelerator.unwrap_model(trainer.model).eval()
-    state = PartialState()
-    work = folder.with_name(f".{name}.partial")
+    trainer.train(resume_from_checkpoint=last_checkpoint(config, checkpoints))
+    return Fitted(trainer.accelerator.unwrap_model(trainer.model).eval(), tokenizer, trainer, steps, parameters)
+
+
+def _train(config: SoftConfig, task: Task, measured: list[Example], size: int, seed: int, folder: Path) -> None:
+    """One training, saved and measured: its folder is written whole or not at all."""
+    from accelerate import PartialState
+
+    from pipelines.prompting.soft_methods import trainable_parameters
+    from pipelines.seq2seq.training import save_history
+
+    fitted, state = fit(config, task.train, size, seed), PartialState()
+    work = folder.with_name(f".{folder.name}.partial")
     if state.is_main_process:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        trained.save_pretrained(work)
-        tokenizer.save_pretrained(work)
+        fitted.model.save_pretrained(work)
+        fitted.tokenizer.save_pretrained(work)
         (work / "README.md").unlink(missing_ok=True)
     state.wait_for_everyone()
-    history = save_history(trainer, dataclasses.replace(settings, output_dir=str(work)))
+    history = save_history(fitted.trainer, dataclasses.replace(config, output_dir=str(work)))
     if not state.is_main_process:
         return
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    found = measure(config, trained, tokenizer, strategy, measured)
+    trained = trainable_parameters(fitted.model)
+    found = measure(config, fitted.model, fitted.tokenizer, config.written(), measured)
     lines = [
         {"id": e.id, "input": e.input, "answer": e.answer, "output": output, "kind": kind}
         for e, output, kind in zip(measured, found["outputs"], found["kinds"], strict=True)
@@ -240,10 +283,10 @@ def _train(config: SoftConfig, task: Task, measured: list[Example], size: int, s
     table = {
         "examples": size,
         "seed": seed,
-        "steps": steps,
+        "steps": fitted.steps,
         "train_loss": losses[-1] if losses else 0.0,
-        "trainable_parameters": trainable_parameters(trained),
-        "parameters": parameters,
+        "trainable_parameters": trained,
+        "parameters": fitted.parameters,
         "values": found["values"],
         "valid": [kind in ("right", "plausible") for kind in found["kinds"]],
     }
@@ -251,22 +294,12 @@ def _train(config: SoftConfig, task: Task, measured: list[Example], size: int, s
     work.rename(folder)
 
 
-def _check_positions(model: Any, config: SoftConfig, rows: Any) -> None:
-    """Refuse rows that the model has no positions for.
+def solved(strategy: Strategy, examples: list[Example]) -> str:
+    """Solved examples as they stand at the beginning of a prompt, behind its instruction."""
+    from pipelines.prompting.strategies import render
 
-    Raises:
-        UserError: naming how long the longest one is.
-    """
-    from pipelines.prompting.soft_methods import LEARNT_PROMPTS
-
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is None:
-        return
-    virtual = config.virtual_tokens if config.method in LEARNT_PROMPTS else 0
-    lengths = rows.sources.lengths + (0 if model.config.is_encoder_decoder else rows.targets.lengths)
-    if virtual + lengths.max() > limit:
-        problem = f"an example takes {lengths.max()} tokens behind {virtual} virtual ones, the model reads {limit}"
-        raise UserError("dataset", config.dataset, problem, "give shorter examples, or fewer virtual_tokens")
+    whole, bare = (render(strategy, examples[0], shots).text for shots in (examples, []))
+    return whole[: len(whole) - len(bare) + len(strategy.instruction.format())]
 
 
 def measure(

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipelines.prompting.backends_local import LocalBackend
+from pipelines.prompting.backends_text import Reader
 
 _BEGIN, _END = "\ue000", "\ue001"  # of the private use area: no text has them
 
@@ -47,9 +48,10 @@ class MixedBackend(LocalBackend):
 
     def __init__(self, model: Any, tokenizer: Any, prompts: Mapping[str, Tensor], **more: Any):
         super().__init__(model, tokenizer, **more)
+        self.reader = _MarkReader(tokenizer, model.config, name=self.name, chat=self.reader.chat, ends=self.ends)
         embedding = model.get_input_embeddings()
         first, rows = embedding.weight.shape[0], 0
-        self.virtual: dict[str, list[int]] = {}
+        self.virtual = self.reader.virtual
         for name, vectors in prompts.items():
             self.virtual[name] = list(range(first + rows, first + rows + len(vectors)))
             rows += len(vectors)
@@ -65,9 +67,17 @@ class MixedBackend(LocalBackend):
         self.virtual[name]
         return f"{_BEGIN}{name}{_END}{text}"
 
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+
+class _MarkReader(Reader):
+    """Reads a mark as the ids of its soft prompt, before whatever the tokenizer puts before a text."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.virtual: dict[str, list[int]] = {}
+
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
         split = [text[1:].split(_END, 1) if text.startswith(_BEGIN) else ["", text] for text in texts]
-        rows = super()._ids([text for _, text in split])
+        rows = super().ids([text for _, text in split])
         return [self.virtual.get(name, []) + row for (name, _), row in zip(split, rows, strict=True)]
 
 

@@ -29,12 +29,20 @@ class MethodFields:
         description="prompt_tuning (vectors before the text), prefix_tuning (keys and values before every layer's), "
         "p_tuning (vectors that a small network makes), lora (adapters), full (every parameter)",
     )
-    virtual_tokens: int = Field(20, ge=1, description="soft prompts: how many vectors, or keys and values, are learnt")
+    virtual_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="soft prompts: how many vectors, or keys and values, are learnt; null: 20, and with init=text as "
+        "many as the text has tokens",
+    )
     init: Literal["vocabulary", "random", "text"] = Field(
         "vocabulary",
         description="prompt tuning: the vectors begin as random tokens of the vocabulary, as noise, or as a text",
     )
     init_text: str | None = Field(None, description="init=text: that text, repeated or cut to virtual_tokens tokens")
+    init_shots: int = Field(
+        0, ge=0, description="init=text: instead of init_text so many solved training examples, drawn by the seed"
+    )
     encoder_hidden_size: int | None = Field(
         None, ge=1, description="P-tuning: width of its network; null takes the model's"
     )
@@ -50,23 +58,46 @@ class MethodFields:
         if self.init != "vocabulary" and self.method != "prompt_tuning":
             mend = "give method=prompt_tuning, or leave init out"
             found.append(Problem("init", self.init, f"{self.method} has no such choice", mend))
-        if self.init == "text" and not (self.init_text or "").strip():
-            found.append(Problem("init_text", self.init_text, "init=text needs one", "give init_text=…"))
-        if self.init != "text" and self.init_text is not None:
-            found.append(Problem("init_text", self.init_text, f"init={self.init} has no use for it", "give init=text"))
+        given = [name for name in ("init_text", "init_shots") if getattr(self, name)]
+        if self.init == "text" and len(given) != 1:
+            problem = "both are given" if given else "init=text needs a text"
+            found.append(Problem("init_text", self.init_text, problem, "give init_text=… or init_shots=4"))
+        if self.init != "text":
+            mend = "give init=text, or leave it out"
+            found += [Problem(n, getattr(self, n), f"init={self.init} has no use for it", mend) for n in given]
         if self.prefix_projection and self.method != "prefix_tuning":
             mend = "give method=prefix_tuning, or leave it out"
             found.append(Problem("prefix_projection", True, f"{self.method} has no such choice", mend))
         return found
 
 
-def peft_config(fields: MethodFields, model: PreTrainedModel, tokenizer_path: str) -> Any:
+def virtual_tokens(fields: MethodFields, tokenizer: PreTrainedTokenizerBase, text: str | None) -> int:
+    """How many virtual tokens a soft prompt has; 0 of what is none.
+
+    Raises:
+        UserError: an initial text without tokens.
+    """
+    if fields.method not in LEARNT_PROMPTS:
+        return 0
+    found = 20
+    if fields.init == "text":
+        found = len(tokenizer(text)["input_ids"])
+        if not tokenizer(text, add_special_tokens=False)["input_ids"]:
+            raise UserError("init_text", text, "has no tokens", "give some text")
+    return fields.virtual_tokens or found
+
+
+def peft_config(
+    fields: MethodFields, model: PreTrainedModel, tokens: int, text: str | None, tokenizer_path: str
+) -> Any:
     """PEFT's configuration of a method; None where all parameters are trained.
 
     Args:
         fields: the method.
         model: what it is for.
-        tokenizer_path: folder or hub id of its tokenizer, which PEFT reads an initial text with.
+        tokens: virtual tokens of a soft prompt.
+        text: that it begins as, where ``fields`` say so.
+        tokenizer_path: folder or hub id of the tokenizer, which PEFT reads that text with.
     """
     from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 
@@ -78,11 +109,11 @@ def peft_config(fields: MethodFields, model: PreTrainedModel, tokenizer_path: st
         return LoraConfig(
             task_type=task_type, r=fields.lora_r, lora_alpha=fields.lora_alpha, target_modules="all-linear"
         )
-    common: dict[str, Any] = {"task_type": task_type, "num_virtual_tokens": fields.virtual_tokens}
+    common: dict[str, Any] = {"task_type": task_type, "num_virtual_tokens": tokens}
+    hidden = fields.encoder_hidden_size or model.config.hidden_size
     if fields.method == "prefix_tuning":
         if fields.prefix_projection:
-            common["prefix_projection"] = True
-            common["encoder_hidden_size"] = fields.encoder_hidden_size or model.config.hidden_size
+            common |= {"prefix_projection": True, "encoder_hidden_size": hidden}
         heads, width = getattr(model.config, "num_heads", None), getattr(model.config, "d_kv", None)
         if encodes and heads and width:
             # PEFT takes d_model / num_heads for the width of a head, which FLAN-T5's and mT5's is not.
@@ -91,16 +122,20 @@ def peft_config(fields: MethodFields, model: PreTrainedModel, tokenizer_path: st
     # By default PEFT makes vectors for the decoder as well, which it never uses.
     common["num_transformer_submodules"] = 1
     if fields.method == "p_tuning":
-        hidden = fields.encoder_hidden_size or model.config.hidden_size
         return PromptEncoderConfig(encoder_hidden_size=hidden, **common)
     if fields.init == "text":
-        common |= {"prompt_tuning_init_text": fields.init_text, "tokenizer_name_or_path": tokenizer_path}
+        common |= {"prompt_tuning_init_text": text, "tokenizer_name_or_path": tokenizer_path}
     kind = {"vocabulary": "SAMPLE_VOCAB", "random": "RANDOM", "text": "TEXT"}[fields.init]
     return PromptTuningConfig(prompt_tuning_init=kind, **common)
 
 
 def with_method(
-    model: PreTrainedModel, fields: MethodFields, tokenizer: PreTrainedTokenizerBase, *, seed: int
+    model: PreTrainedModel,
+    fields: MethodFields,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    text: str | None = None,
 ) -> PreTrainedModel | Any:
     """The model ready to be trained by a method: all but what the method trains is frozen.
 
@@ -109,6 +144,7 @@ def with_method(
         fields: the method.
         tokenizer: its tokenizer, loaded from a folder or the hub.
         seed: of the initial values.
+        text: that the prompt begins as with init=text; by default ``fields.init_text``.
 
     Returns:
         A ``PeftModel`` around it, or the model itself for ``full``.
@@ -120,21 +156,18 @@ def with_method(
 
     from transformers import set_seed
 
+    text = fields.init_text if text is None else text
+    tokens = virtual_tokens(fields, tokenizer, text)
     limit = getattr(model.config, "max_position_embeddings", None)
-    if fields.method in LEARNT_PROMPTS and limit is not None and fields.virtual_tokens >= limit:
+    if limit is not None and tokens >= limit:
         problem = f"{type(model).__name__} has {limit} positions in all"
-        raise UserError("virtual_tokens", fields.virtual_tokens, problem, "give fewer, such as 20")
-    if fields.init == "text" and not tokenizer(fields.init_text, add_special_tokens=False)["input_ids"]:
-        raise UserError("init_text", fields.init_text, "has no tokens", "give some text")
-    chosen = peft_config(fields, model, tokenizer.name_or_path)
+        raise UserError("virtual_tokens", tokens, problem, "give fewer, such as 20")
+    chosen = peft_config(fields, model, tokens, text, tokenizer.name_or_path)
     set_seed(seed)
     if chosen is None:
         return model
     from peft import get_peft_model
 
-    if os.path.exists(model.name_or_path):
-        # PEFT would write it into the adapter: a path of this machine, of no use elsewhere.
-        model.name_or_path = ""
     made = get_peft_model(model, chosen)
     if fields.init == "text" and os.path.exists(tokenizer.name_or_path):
         # The text has done its work; to be loaded, an adapter that names it would need the path of its tokenizer.
