@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,7 @@ from pipelines.images.measure_math import (
     nearest,
     precision_and_recall,
 )
-from pipelines.images.measure_pictures import save_animation
+from pipelines.images.measure_pictures import IN_STEPS, draw, save_animation
 from pipelines.images.method import Draws
 from pipelines.images.pictures import save_grid
 from pipelines.images.saved import family_of, load_pipeline
@@ -46,23 +45,6 @@ BOUNDS = {"vae": ("importance_weighted", "negative_elbo"), "bitflip": ("bound",)
 
 _NEAREST = 20  # shown beside their training image
 _KEY = 2  # of the random numbers of SAMPLES that are drawn here; training draws with other keys
-
-
-def draw(pipeline: DiffusionPipeline, settings: Mapping[str, Any], count: int, generator: torch.Generator) -> Tensor:
-    """Samples of a pipeline of any family.
-
-    Args:
-        pipeline: as ``saved.load_pipeline`` gives it.
-        settings: of the stage that made it; its ``inference_steps`` are used where it has any.
-        count: how many.
-        generator: of the noise.
-
-    Returns:
-        (count, C, H, W) in [0, 1]; a VAE's are the means of its pixels.
-    """
-    steps = settings.get("inference_steps")
-    further = {} if steps is None else {"num_inference_steps": steps}
-    return pipeline(batch_size=count, generator=generator, output_type="pt", **further).images
 
 
 class Sampler:
@@ -310,7 +292,9 @@ def _draw(
     save_grid(pairs, folder / f"{name}_nearest.png")
     (folder / "samples").mkdir(exist_ok=True)
     save_file({"images": drawn.images}, folder / "samples" / f"{name}.safetensors")
-    generator = seeded(config.seed, SAMPLES, _KEY + 1, device=sampler.state.device)
-    with torch.no_grad(), sampler.autocast:
-        settings = stage_config(sampler.folders[0])
-        save_animation(sampler.pipeline(0), settings, generator, folder / f"{name}_denoising.png")
+    pipeline = sampler.pipeline(0)
+    if isinstance(pipeline, IN_STEPS):
+        generator = seeded(config.seed, SAMPLES, _KEY + 1, device=sampler.state.device)
+        with torch.no_grad(), sampler.autocast:
+            settings = stage_config(sampler.folders[0])
+            save_animation(pipeline, settings, generator, folder / f"{name}_denoising.png")
