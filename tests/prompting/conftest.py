@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -13,16 +14,51 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.chain.conftest import fork_server
 from tests.prompting.tiny_causal import save, tiny_causal, tiny_tokenizer
 
 HERE = Path(__file__).parent
+KEY_NAME, KEY = "PROMPTING_TEST_KEY", "sk-9f8e7d6c-never-to-be-written"
+
+
+@pytest.fixture(scope="session")
+def prompting_cli(tmp_path_factory):
+    """A ForkServer with the imports of the prompting stages done, and an endpoint's key in its environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(KEY_NAME, KEY)
+        with fork_server(HERE / "forked_prompting.py", tmp_path_factory.mktemp("logs")) as server:
+            yield server
+
+
+@pytest.fixture(scope="session")
+def questions_file(tmp_path_factory) -> Path:
+    """Thirty questions in CommonsenseQA's format, of three to five choices."""
+    file = tmp_path_factory.mktemp("questions") / "questions.jsonl"
+    with file.open("w") as lines:
+        for n in range(30):
+            labels = "ABCDE"[: 3 + n % 3]
+            choices = [{"label": label, "text": f"{'thing' * (1 + i % 2)} {n + i}"} for i, label in enumerate(labels)]
+            question = {"stem": f"Which thing is number {n}?", "choices": choices}
+            lines.write(json.dumps({"id": f"q{n}", "answerKey": labels[n % len(labels)], "question": question}) + "\n")
+    return file
+
+
+@pytest.fixture(scope="session")
+def nouns_file(tmp_path_factory) -> Path:
+    """Some nouns, a few of them irregular."""
+    file = tmp_path_factory.mktemp("nouns") / "nouns.csv"
+    nouns = "cat dog box city child wolf lens hat cup key tree house man woman foot bus table chair fox lamp".split()  # noqa: SIM905
+    file.write_text("word\n" + "\n".join(nouns) + "\n")
+    return file
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
     """A saved random Llama with a chat template."""
     tokenizer = tiny_tokenizer(chat=True)
-    return save(tmp_path_factory.mktemp("models") / "tiny", tiny_causal("llama", len(tokenizer)), tokenizer)
+    return save(
+        tmp_path_factory.mktemp("models") / "tiny", tiny_causal("llama", len(tokenizer), positions=400), tokenizer
+    )
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ def completion(text: str, **more) -> dict:
 @pytest.fixture(scope="module")
 def local():
     tokenizer = tiny_tokenizer(chat=True)
-    return tiny_causal("llama", len(tokenizer)), tokenizer
+    return tiny_causal("llama", len(tokenizer), positions=400), tokenizer
 
 
 @pytest.mark.parametrize("api", ["completions", "chat"])
