@@ -369,6 +369,10 @@ class _Draw(LogitsProcessor):
         self.top: list[Tensor] = []
         self.top_ids: list[Tensor] = []
 
+    def __deepcopy__(self, memo: dict) -> _Draw:
+        """Itself: PEFT copies the arguments of an encoder-decoder's ``generate``, and what is noted must come back."""
+        return self
+
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores = scores.float()
         log_probs = scores.log_softmax(-1)
