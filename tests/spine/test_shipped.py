@@ -26,7 +26,11 @@ def test_every_chain_is_valid_as_it_stands(name, tmp_path):
     chain = Chain.load(name)
     # the folder of own data is the one thing a chain may leave to the user
     own = [f"dataset={tmp_path}"] if name == "scitldr" else []
-    assert list(chain.configured(tmp_path / "run", own)) == STAGES
+    configured = list(chain.configured(tmp_path / "run", own))
+    if any(recipe.startswith("summarization/") for recipe in chain.recipe_names.values()):
+        assert configured == STAGES
+    else:
+        assert configured == list(chain.stages)
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
