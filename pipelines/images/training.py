@@ -124,10 +124,7 @@ def run_method(
     accelerator = new_accelerator(config)
     with accelerator.main_process_first():
         images = load_images(config)
-    rows = global_batch(config, len(images.train), noun="images")
-    steps = config.max_steps
-    if steps < 1:
-        steps = max(1, math.ceil(config.epochs * (len(images.train) // rows)))
+    steps = steps_of(config, len(images.train))
     torch.manual_seed(config.seed)
     method = build(config, images)
     if config.model is not None:
@@ -139,7 +136,7 @@ def run_method(
     measures = measure(method, test, config, accelerator)
     if accelerator.is_main_process:
         with torch.no_grad(), accelerator.autocast():
-            (save or _save)(loop, history, _shown(test, config, accelerator.device), len(images.classes))
+            (save or _save)(loop, history, shown_images(test, config), len(images.classes))
     accelerator.wait_for_everyone()
     counts = {"steps": steps, "train_examples": len(images.train), "test_examples": len(images.test)}
     counts["parameters"] = sum(p.numel() for part in method.parts.values() for p in part.parameters())
@@ -148,13 +145,24 @@ def run_method(
     return {f"{method.name}/{name}": value for name, value in found.items()} | _means(method.name, measures)
 
 
-def _shown(test: Images, config: ImageTrainingConfig, device: torch.device) -> Batch:
-    """The held-out images that pictures are made of."""
+def steps_of(config: ImageTrainingConfig, examples: int) -> int:
+    """Optimizer steps of a run on so many images.
+
+    Raises:
+        UserError: fewer images than one step takes.
+    """
+    rows = global_batch(config, examples, noun="images")
+    return config.max_steps if config.max_steps > 0 else max(1, math.ceil(config.epochs * (examples // rows)))
+
+
+def shown_images(test: Images, config: ImageTrainingConfig) -> Batch:
+    """The held-out images that pictures are made of, on the device of ``test``."""
     from pipelines.images.loop import TEST_PIXELS, seeded
     from pipelines.images.method import Draws
 
     count = min(len(test), SAMPLE_GRID[1])
-    return test.batch(slice(0, count), Draws(seeded(config.seed, TEST_PIXELS, device=device), count), config)
+    draws = Draws(seeded(config.seed, TEST_PIXELS, device=test.images.device), count)
+    return test.batch(slice(0, count), draws, config)
 
 
 def _save(loop: Loop, history: list[dict[str, Any]], shown: Batch, classes: int) -> None:

@@ -69,8 +69,9 @@ def vae(config: VAEConfig) -> dict[str, float]:
 
     Returns:
         ``vae/negative_elbo``, ``vae/kl``, ``vae/reconstruction`` (nats an image, one sample of z each),
-        ``vae/importance_weighted`` (with k = ``importance_samples``), ``vae/bits_per_pixel``, each with standard error
-        and interval; and what ``run_method`` counts.
+        ``vae/importance_weighted`` (with k = ``importance_samples``), ``vae/bits_per_pixel``, ``vae/active_units``
+        (latent dimensions that carry more than 0.01 nats of an image), each with standard error and interval; and what
+        ``run_method`` counts.
 
     Raises:
         UserError: see ``run_method``.

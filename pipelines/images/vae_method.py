@@ -17,6 +17,7 @@ from pipelines.images.vae_math import (
     log_weights,
     negative_elbo_bound,
     sample_gaussian,
+    sharpness,
 )
 from pipelines.images.vae_networks import ImageVAE
 from pipelines.images.vae_pipeline import VAEPipeline
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from pipelines.images.vae import VAEConfig
 
 _TOGETHER = 5  # samples of z an image that are decoded at once
+_ACTIVE = 0.01  # nats
 _SHOWN_DIMENSIONS, _SHOWN_VALUES, _REACH = 10, 11, 2.5
 
 
@@ -91,6 +93,7 @@ class VAEMethod:
                 noise = draws.normal(min(_TOGETHER, count - start), self.config.latent_dim).transpose(0, 1)
                 z = sample_gaussian(m, v, noise)
                 weights.append(log_weights(network.reconstruction(batch.images, z), z, m, v))
+            found["active_units"] = (gaussian_kl(m, v) > _ACTIVE).sum(1)
             found["bits_per_pixel"] = found["negative_elbo"] / (math.log(2) * batch.images[0].numel())
             if count:
                 found["importance_weighted"] = importance_weighted_bound(torch.cat(weights))
@@ -116,3 +119,18 @@ class VAEMethod:
     def pipeline(self) -> VAEPipeline:
         """See ``Method.pipeline``."""
         return VAEPipeline(self._network)
+
+
+class SharpnessMethod(VAEMethod):
+    """A ``VAEMethod`` that measures how sharp its reconstructions are instead of its bounds."""
+
+    def evaluate(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """``sharpness`` of E[x|z] with z ~ q(z|x), ``own_sharpness`` of the image, mean squared ``error``, ``kl``."""
+        m, v = self._network.encode(batch.images)
+        means = self._network.expected(sample_gaussian(m, v, draws.normal(self.config.latent_dim)))
+        return {
+            "sharpness": sharpness(means),
+            "own_sharpness": sharpness(batch.images),
+            "error": ((means - batch.images) ** 2).mean((1, 2, 3)),
+            "kl": gaussian_kl(m, v).sum(1),
+        }

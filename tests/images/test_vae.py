@@ -17,9 +17,11 @@ from pipelines.images.data import load_images
 from pipelines.images.method import Batch, Draws
 from pipelines.images.saved import check_family, load_parts, load_pipeline
 from pipelines.images.vae import VAEConfig
+from pipelines.images.vae_blur import VAEBlurConfig
 from pipelines.images.vae_method import VAEMethod
 from pipelines.images.vae_networks import ImageVAE, halvings
 from pipelines.images.vae_pipeline import VAEPipeline
+from tests.chain.test_whole import documented
 
 
 def random_gaussians(*shape: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,7 +101,7 @@ def test_free_bits():
 
 
 class Linear:
-    """x = W z + ε with z ~ N(0, I), ε ~ N(0, σ² I): the marginal and the posterior are known (Tipping and Bishop 1999)."""
+    """x = W z + ε with z ~ N(0, I), ε ~ N(0, σ² I): everything is known (Tipping and Bishop 1999)."""
 
     def __init__(self, latents: int = 2, pixels: int = 6, variance: float = 0.4):
         draw = torch.Generator().manual_seed(5)
@@ -213,9 +215,17 @@ def test_what_is_measured_of_an_image():
     method, batch, draws = digits(small())
     with torch.no_grad():
         found = method.evaluate(batch, draws)
-    assert set(found) == {"negative_elbo", "kl", "reconstruction", "bits_per_pixel", "importance_weighted"}
+    assert set(found) == {
+        "negative_elbo",
+        "kl",
+        "reconstruction",
+        "bits_per_pixel",
+        "active_units",
+        "importance_weighted",
+    }
     assert torch.allclose(found["negative_elbo"], found["kl"] + found["reconstruction"])
     assert torch.allclose(found["bits_per_pixel"], found["negative_elbo"] / 64 / math.log(2))
+    assert ((found["active_units"] >= 0) & (found["active_units"] <= 3)).all()
     assert found["importance_weighted"].mean() < found["negative_elbo"].mean() + 0.5
     pictures = dict(method.pictures(batch, torch.Generator()))
     shapes = {name: tuple(picture.shape[:2]) for name, picture in pictures.items()}
@@ -309,14 +319,48 @@ def test_training_goes_on_from_a_saved_pipeline(stages, tmp_path):
     assert losses[1][0]["loss"] < 0.8 * losses[0][0]["loss"]
 
 
+def test_sharpness_follows_the_nats_that_the_latent_carries(stages, root, tmp_path):
+    out = tmp_path / "blur"
+    words = ["architecture=mlp", "hidden=64", "latent_dim=8", "max_train=600", "max_test=60", "max_steps=150"]
+    words += ["betas=[0.05,1,30]", "save_steps=100", "precision=fp32", "learning_rate=0.003", f"output_dir={out}"]
+    code, printed, errors = stages.answer("--recipe", "images/vae_blur", *words)
+    assert code == 0, printed + errors
+    assert {path.name for path in out.iterdir()} >= {"sweep.json", "sharpness.svg", "reconstructions.png", "stage.json"}
+    assert not (out / "checkpoints").exists()
+    rows = json.loads((out / "sweep.json").read_text())
+    assert [(row["likelihood"], row["beta"]) for row in rows] == [
+        (likelihood, beta) for likelihood in ("bernoulli", "gaussian") for beta in (0.05, 1, 30)
+    ]
+    for three in (rows[:3], rows[3:]):
+        assert three[0]["kl"] > three[1]["kl"] > three[2]["kl"]
+        assert three[0]["sharpness"] > three[1]["sharpness"] > three[2]["sharpness"] > 0
+    metrics = json.loads((out / "stage.json").read_text())["metrics"]
+    assert metrics["vae_blur/rank_correlation"] > 0.7
+    assert metrics["vae_blur/bernoulli_0_05_kl"] == rows[0]["kl"]
+    patterns = documented(root)
+    assert all(any(pattern.fullmatch(key) for pattern in patterns) for key in metrics)
+
+
+def test_wrong_sweeps_are_one_line_each(tmp_path):
+    cases = [
+        ({"betas": [1, 1.0]}, r"betas=\[1.0, 1.0\]: one of them stands twice"),
+        ({"betas": [-1]}, "betas=.*a weight is below 0"),
+        ({"binarize": "none"}, "likelihoods=.*grey levels are not binary; give binarize=threshold"),
+    ]
+    for values, message in cases:
+        with pytest.raises(UserError, match=message) as caught:
+            validate(VAEBlurConfig, values)
+        assert len(str(caught.value).splitlines()) == 1
+
+
 def test_every_metric_is_explained(root, stages, tmp_path):
     out = tmp_path / "vae"
     words = ["max_train=100", "max_steps=1", "max_test=20", "hidden=8", "width=4", "report_to=none", "batch_size=10"]
     code, printed, errors = stages.answer("--recipe", "images/vae", *words, f"output_dir={out}")
     assert code == 0, printed + errors
-    text = (root / "docs" / "metrics.md").read_text()
+    patterns = documented(root)
     for key in json.loads((out / "stage.json").read_text())["metrics"]:
         plain = key.removesuffix("_ci_low").removesuffix("_ci_high").removesuffix("_se")
-        assert f"`{plain}`" in text, f"docs/metrics.md does not explain {plain}"
+        assert any(pattern.fullmatch(plain) for pattern in patterns), f"docs/metrics.md does not explain {plain}"
     sizes = {path.name: path.stat().st_size for path in out.glob("*.png")}
     assert set(sizes) == {"samples.png", "reconstructions.png", "traversals.png", "interpolations.png"}
