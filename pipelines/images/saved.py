@@ -13,15 +13,40 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import nn
 
-FAMILIES = {
-    "vae": ("pipelines.images.vae_pipeline", "VAEPipeline"),
-    "ddpm": ("diffusers", "DDPMPipeline"),
-    "bitflip": ("pipelines.images.bitflip_pipeline", "BitFlipPipeline"),
-    "gan": ("pipelines.images.gan_pipeline", "GANPipeline"),
+PIPELINES = {
+    "VAEPipeline": ("vae", "pipelines.images.vae_pipeline"),
+    "DDPMPipeline": ("ddpm", "diffusers"),
+    "ClassConditionalDDPMPipeline": ("ddpm", "pipelines.images.ddpm_pipeline"),
+    "BitFlipPipeline": ("bitflip", "pipelines.images.bitflip_pipeline"),
+    "GANPipeline": ("gan", "pipelines.images.gan_pipeline"),
 }
-"""Family -> module and class of its pipeline."""
+"""Class of a pipeline -> its family and module."""
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def _class_of(folder: str | Path, field: str) -> str:
+    """Name of the class of the pipeline saved in ``folder``, one of ``PIPELINES``.
+
+    Args:
+        folder: of a pipeline, as ``save_pretrained`` or a stage wrote it.
+        field: configuration field that named it, for messages.
+
+    Raises:
+        UserError: there is no pipeline, or it is of no family here.
+    """
+    index = Path(folder).expanduser() / "model_index.json"
+    families = dict.fromkeys(family for family, _ in PIPELINES.values())
+    mend = f"give the folder of a stage {', '.join(families)}"
+    if not index.is_file():
+        raise UserError(field, folder, "no saved pipeline (it has no model_index.json)", mend)
+    try:
+        name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(field, index, "damaged", "make or copy it again") from None
+    if not isinstance(name, str) or name not in PIPELINES:
+        raise UserError(field, folder, f"holds a {name}", mend)
+    return name
 
 
 def family_of(folder: str | Path, field: str = "model") -> str:
@@ -34,18 +59,7 @@ def family_of(folder: str | Path, field: str = "model") -> str:
     Raises:
         UserError: there is no pipeline, or it is of no family here.
     """
-    index = Path(folder).expanduser() / "model_index.json"
-    mend = f"give the folder of a stage {', '.join(FAMILIES)}"
-    if not index.is_file():
-        raise UserError(field, folder, "no saved pipeline (it has no model_index.json)", mend)
-    try:
-        name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(field, index, "damaged", "make or copy it again") from None
-    for family, (_, pipeline) in FAMILIES.items():
-        if name == pipeline:
-            return family
-    raise UserError(field, folder, f"holds a {name}", mend)
+    return PIPELINES[_class_of(folder, field)][0]
 
 
 def check_family(folder: str | Path, field: str, family: str) -> None:
@@ -65,8 +79,8 @@ def load_pipeline(folder: str | Path, field: str = "model") -> DiffusionPipeline
     Raises:
         UserError: there is none, or it cannot be loaded.
     """
-    module, name = FAMILIES[family_of(folder, field)]
-    cls = getattr(importlib.import_module(module), name)
+    name = _class_of(folder, field)
+    cls = getattr(importlib.import_module(PIPELINES[name][1]), name)
     try:
         return cls.from_pretrained(str(Path(folder).expanduser()), local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:

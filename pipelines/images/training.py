@@ -35,7 +35,7 @@ class ImageTrainingConfig(ImageFields, LoopConfig):
     """Images, optimization, averages of weights, samples and checkpoints of a generative model of images."""
 
     family: ClassVar[str]
-    """Which of ``saved.FAMILIES`` the stage makes; each stage's configuration says it."""
+    """Which family (see ``saved.PIPELINES``) the stage makes; each stage's configuration says it."""
 
     model: Source | None = Field(
         None, description="folder of a saved pipeline of this family whose weights training starts from; null: random"
