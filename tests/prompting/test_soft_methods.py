@@ -1,4 +1,4 @@
-"""Soft prompts, LoRA and full fine-tuning: what is trained, what stays frozen, what the loss is over, what PEFT loads."""
+"""Soft prompts, LoRA and full fine-tuning: what is trained and what is frozen, the loss, what plain PEFT loads."""
 
 import math
 
@@ -62,7 +62,7 @@ def test_the_backbone_is_frozen_to_the_last_bit_and_the_loss_is_that_of_the_answ
 
 
 def _check_loss(done):
-    """The trainer's loss on a padded batch against each row alone, without padding, its answer's tokens picked by hand."""
+    """The trainer's loss on a padded batch against each row alone, its answer's tokens picked by hand."""
     trainer, model = done.trainer, done.model
     rows = [trainer.train_dataset[i] for i in range(4)]
     assert len({len(row["input_ids"]) for row in rows}) > 1 or len({len(row["labels"]) for row in rows}) > 1
@@ -228,3 +228,20 @@ def test_a_wrong_field_is_one_line_before_anything_runs(folders, nouns_file, tmp
 def test_what_only_the_model_or_data_tell_is_one_line_too(folders, nouns_file, tmp_path, given, line):
     with pytest.raises(UserError, match=line):
         fitted(settings(folders, nouns_file, tmp_path, "gpt2", "prompt_tuning", **given))
+
+
+@pytest.mark.parametrize("method", METHODS[:4])
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_generation_reads_what_was_learnt_as_training_does(folders, nouns_file, tmp_path, family, method):
+    done = fitted(settings(folders, nouns_file, tmp_path, family, method, learning_rate=0.1))
+    ids = torch.tensor([done.trainer.train_dataset[0]["input_ids"]])
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    more = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with torch.no_grad():
+        made = done.model.generate(**given, **more, eos_token_id=None)
+        if family == "t5":
+            again = done.model(**given, decoder_input_ids=made.sequences[:, :-1]).logits[0]
+        else:
+            whole = made.sequences[:, :-1]
+            again = done.model(input_ids=whole, attention_mask=torch.ones_like(whole)).logits[0, -4:]
+    assert torch.stack(made.logits)[:, 0] == pytest.approx(again, abs=1e-4)
