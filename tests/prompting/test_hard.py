@@ -240,6 +240,24 @@ def test_failed_answers_are_told_then_asked_for_again_and_the_key_is_nowhere(pro
         assert KEY.encode() not in log.read_bytes(), log
 
 
+def test_a_killed_stage_asks_an_endpoint_only_for_the_rest(prompting_cli, nouns_file, tmp_path):
+    def right(body, before):
+        word = body["prompt"].splitlines()[-1].removesuffix(" ->")
+        return {"choices": [{"text": f" {plural(word)}", "finish_reason": "stop"}]}
+
+    with FaultyProxy(None, right) as proxy:
+        command = remote(proxy.url, nouns_file, tmp_path / "hard", tmp_path / "cache", "shots=[0, 1]")
+        code, _ = prompting_cli.run(*command, kill=(r"/cache/.*\.tmp", 11))
+        assert code == -9
+        kept = len([file for file in (tmp_path / "cache").rglob("*.json") if not file.name.startswith(".")])
+        assert kept == 10
+        before = proxy.requests
+        code, printed = prompting_cli.run(*command)
+        assert code == 0, printed
+        assert proxy.requests - before == 16 - kept
+    assert json.loads((tmp_path / "hard" / "stage.json").read_text())["metrics"]["hard/remote/few_shot_1/accuracy"] == 1
+
+
 def test_missing_answers_are_counted_and_left_out_where_that_is_allowed(nouns_file, tmp_path):
     with FaultyProxy(None) as proxy:
         proxy.plan = lambda body, before: (
