@@ -21,9 +21,9 @@ CHAINS := scitldr xsum_t5_small cnn_flan_t5_base
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
-	@echo "  make STAGE        bring one stage of the chain $(CHAIN) up to date: $(STAGES)"
-	@echo "  make METHOD       one of $(METHODS), on the demo's models"
-	@echo "  make CHAIN        one of $(CHAINS)"
+	@echo "  make STAGE            bring one stage of the chain $(CHAIN) up to date: $(STAGES)"
+	@echo "  make METHOD           one of $(METHODS), on the demo's models"
+	@echo "  make CHAIN            one of $(CHAINS)"
 	@echo "  variables: CHAIN=$(CHAIN) RUN=$(RUN) ARGS='stage.key=value …' PYTHON=$(PYTHON)"
 
 install: $(STAMP) ## make .venv with every pinned package and genalign in it
@@ -54,8 +54,8 @@ $(CHAINS): $(STAMP)
 	@$(BIN)/genalign run $@ $(ARGS)
 
 # Read, never imported: so nothing that these packages need is installed, and nothing of them enters .venv.
-$(PRETRAINING)/packages/.installed: $(STAMP) recipes/summarization/pretraining_packages.txt
-	@echo "installing $$(grep -c == recipes/summarization/pretraining_packages.txt) packages to read into $(@D) (about 1.5 GB) …"
+$(PRETRAINING)/packages/.installed: recipes/summarization/pretraining_packages.txt | $(STAMP)
+	@echo "installing $$(grep -c == recipes/summarization/pretraining_packages.txt) packages to read into $(@D) (about 0.9 GB) …"
 	@rm -rf $(@D)
 	@$(BIN)/python -m pip install --quiet --no-deps --no-compile --only-binary :all: --target $(@D) \
 	    --requirement recipes/summarization/pretraining_packages.txt

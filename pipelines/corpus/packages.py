@@ -1,17 +1,19 @@
 """The embedded raw text: every docstring and all prose documentation of installed packages, to pretrain on.
 
 It is read from the running environment and, if one is named, from a second folder of installed packages, which also
-gives further pairs. The packages that ``pydocs`` holds out are read in neither: validation text is that of the running
-environment's validation packages, the test packages' is never read. Training text that repeats a held-out summary, and
-training pairs that repeat a held-out definition, are dropped, so that no held-out example is known beforehand.
+gives further pairs. The packages that ``pydocs`` holds out are trained on from neither, nor are files of other packages
+that go by their names (copies): validation text is that of the running environment's validation packages, the test
+packages' is never read. Training text that repeats validation text or a held-out summary, and training pairs that
+repeat a held-out definition, are dropped, so that no held-out example is known beforehand.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import Distribution
 from pathlib import Path
@@ -24,6 +26,7 @@ from pipelines.corpus.pydocs import (
     TEST_PACKAGES,
     VALIDATION_PACKAGES,
     Package,
+    Splits,
     code_of,
     distributions,
     environment_key,
@@ -93,9 +96,8 @@ def text_key(site_packages: str | None = None) -> str:
     for code in (__file__, prose.__file__):
         digest.update(Path(code).read_bytes())
     # A package without modules may have documentation, so every distribution counts.
-    for path in (None, site_packages):
-        found = [] if path is None and site_packages is None else distributions(None if path is None else _folder(path))
-        digest.update(json.dumps([(name, d.version) for name, d in found]).encode())
+    read = [distributions(), [] if site_packages is None else distributions(_folder(site_packages))]
+    digest.update(json.dumps([[(name, found.version) for name, found in part] for part in read]).encode())
     return digest.hexdigest()[:24]
 
 
@@ -104,54 +106,89 @@ def _folder(site_packages: str) -> list[str]:
 
 
 def embedded_text(site_packages: str | None = None, workers: int | None = None) -> EmbeddedText:
-    """The raw text of the running environment and of ``site_packages``, without what is held out.
-
-    Args:
-        site_packages: folder of further installed packages; one that is also installed in the running environment is
-            read there.
-        workers: processes that read source files.
-
-    Returns:
-        Documents, each once, in an order without meaning; pairs as in ``pydocs.build`` (those of ``pydocs`` and of the
-        further packages); and figures: ``packages`` (name -> version, licence, split, texts, words and pairs),
-        ``duplicates`` and ``leaks`` (texts and pairs dropped as such), ``leak_rate`` (share of held-out examples that
-        still repeat training pairs, by ``pydocs.leaks``).
+    """The raw text of the running environment and of ``site_packages``; see ``text_of_packages``.
 
     Raises:
         UserError: the held-out packages are not installed, or ``site_packages`` holds no package to read.
     """
-    splits, own_figures = pydocs()
-    held_out = [*splits["validation"], *splits["test"]]
-    running = dict(distributions())
-    further = {} if site_packages is None else dict(distributions(_folder(site_packages)))
-    further = {name: found for name, found in further.items() if name not in running and name not in HELD_OUT}
-    if site_packages is not None and not further:
-        problem = "holds no package but those that are installed already or held out"
-        raise UserError("site_packages", site_packages, problem, "install others into it, or leave it out")
+    splits, stats = pydocs()
+    further = None if site_packages is None else _folder(site_packages)
+    found = text_of_packages(splits, further=further, workers=workers)
+    for name, figures in stats["packages"].items():
+        if name in found.stats["packages"]:
+            found.stats["packages"][name]["pairs"] = figures["examples"]
+    return found
 
-    read = {name: found for name, found in running.items() if name not in TEST_PACKAGES} | further
-    own, added = installed_packages(), installed_packages(_folder(site_packages)) if further else []
-    added = [_without_copies(package) for package in added if package.name in further]
-    own = [_without_copies(package) for package in own if package.name not in TEST_PACKAGES]
 
-    guard = HeldOut(held_out)
-    dropped: Counter[str] = Counter()
-    texts: dict[str, Texts] = {"train": [], "validation": []}
+def text_of_packages(
+    splits: Splits,
+    running: Sequence[str] | None = None,
+    further: Sequence[str] | None = None,
+    workers: int | None = None,
+) -> EmbeddedText:
+    """All docstrings and prose documentation of installed packages, without what is held out.
+
+    Args:
+        splits: pairs of the running environment, as ``pydocs.build`` returns them.
+        running: its folders; ``sys.path`` if left out.
+        further: folders of further packages, which give text and pairs; one that is also in ``running`` is read there.
+        workers: processes that read source files.
+
+    Returns:
+        Documents, each once, in an order without meaning; the given training and validation pairs and those of the
+        further packages; and figures: ``packages`` (name -> version, licence, split, texts, words, and pairs of further
+        packages), ``duplicates`` and ``leaks`` (texts and pairs dropped as such), ``leak_rate`` (share of the held-out
+        examples that training pairs repeat, by ``pydocs.leaks``).
+
+    Raises:
+        UserError: ``further`` holds no package to read.
+    """
+    read = {name: found for name, found in distributions(running) if name not in TEST_PACKAGES}
+    own = [_without_copies(package) for package in installed_packages(running) if package.name in read]
+    added: list[Package] = []
+    if further is not None:
+        known = HELD_OUT.union(read)
+        others = {name: found for name, found in distributions(further) if name not in known}
+        if not others:
+            problem = "holds no package but those that are installed already or held out"
+            raise UserError("site_packages", further[0], problem, "install others into it, or leave it out")
+        read |= others
+        added = [_without_copies(package) for package in installed_packages(further) if package.name in others]
     packages = {
         name: {
             "version": distribution.version,
             "licence": prose.licence_of(distribution),
             "split": "validation" if name in VALIDATION_PACKAGES else "train",
+            **dict.fromkeys(("texts", "words", "pairs"), 0),
         }
-        | dict.fromkeys(("texts", "words", "pairs"), 0)
         for name, distribution in sorted(read.items())
     }
+    dropped = Counter(duplicates=0, leaks=0)
+    held_out = [*splits["validation"], *splits["test"]]
+    guard = HeldOut(held_out)
+    texts = _kept_texts(_read([*own, *added], read, workers), packages, guard, dropped)
+    pairs = {"train": splits["train"], "validation": splits["validation"]}
+    if added:
+        pairs["train"] = pairs["train"] + _kept_pairs(extract(added, workers), added, packages, splits, guard, dropped)
+    # Orders without meaning, so that a prefix of a split is a fair sample of it.
+    for split in texts:
+        texts[split].sort(key=lambda item: hashlib.sha256(item[1].encode()).digest())
+        pairs[split] = sorted(pairs[split], key=lambda example: hashlib.sha256(example["id"].encode()).digest())
+    repeated = leaks(held_out, pairs["train"])
+    used = {name: figures for name, figures in packages.items() if figures["texts"] or figures["pairs"]}
+    return EmbeddedText(texts, pairs, {"packages": used, **dropped, "leak_rate": sum(repeated) / len(repeated)})
+
+
+def _kept_texts(
+    rows: Iterable[tuple[str, str, str]], packages: dict[str, dict[str, Any]], guard: HeldOut, dropped: Counter[str]
+) -> dict[str, Texts]:
+    """The texts of ``(package, source, text)`` by split, each once; counts them in ``packages`` and ``dropped``."""
+    texts: dict[str, Texts] = {"train": [], "validation": []}
     seen: set[bytes] = set()
     # Validation text comes first, so that training text which repeats it is what is dropped.
-    for name, source, text in sorted(_read(own + added, read, workers), key=lambda r: r[0] not in VALIDATION_PACKAGES):
+    for name, source, text in sorted(rows, key=lambda row: packages[row[0]]["split"] == "train"):
+        digest = hashlib.sha256(" ".join(words_of(text)).encode()).digest()
         split = packages[name]["split"]
-        words = words_of(text)
-        digest = hashlib.sha256(" ".join(words).encode()).digest()
         if digest in seen:
             dropped["duplicates"] += 1
         elif split == "train" and guard.in_text(text):
@@ -161,40 +198,37 @@ def embedded_text(site_packages: str | None = None, workers: int | None = None) 
             packages[name]["texts"] += 1
             packages[name]["words"] += len(text.split())
         seen.add(digest)
+    return texts
 
-    found = _pairs(added, workers)
-    unique = without_duplicates([*splits["train"], *(example for _, example in found)])[len(splits["train"]) :]
-    kept = _unlike([example for example in unique if not guard.in_pair(example)], held_out, splits["train"])
-    dropped["duplicates"] += len(found) - len(unique)
-    dropped["leaks"] += len(unique) - len(kept)
-    pairs = {"train": [*splits["train"], *kept], "validation": splits["validation"]}
-    package_of = {example["id"]: name for name, example in found}
+
+def _kept_pairs(
+    rows: list[list[list[str]]],
+    added: Sequence[Package],
+    packages: dict[str, dict[str, Any]],
+    splits: Splits,
+    guard: HeldOut,
+    dropped: Counter[str],
+) -> list[dict[str, Any]]:
+    """The pairs of further packages that are new and not held out; counts them in ``packages`` and ``dropped``."""
+    train = splits["train"]
+    ids = Counter(example["name"] for part in splits.values() for example in part)
+    examples, package_of = [], {}
+    for package, found in zip(added, rows, strict=True):
+        for row in found:
+            examples.append(example_of(*row, ids))
+            package_of[examples[-1]["id"]] = package.name
+    new = without_duplicates([*train, *examples])[len(train) :]
+    kept = _unlike([example for example in new if not guard.in_pair(example)], splits)
     for example in kept:
         packages[package_of[example["id"]]]["pairs"] += 1
-    for name, figures in own_figures["packages"].items():
-        if name in packages:
-            packages[name]["pairs"] = figures["examples"]
-    # Orders without meaning, so that a prefix of a split is a fair sample of it.
-    for split in texts:
-        texts[split].sort(key=lambda item: hashlib.sha256(item[1].encode()).digest())
-        pairs[split].sort(key=lambda example: hashlib.sha256(example["id"].encode()).digest())
-    repeated = leaks(held_out, pairs["train"])
-    return EmbeddedText(
-        texts,
-        pairs,
-        {
-            "packages": {name: figures for name, figures in packages.items() if figures["texts"] or figures["pairs"]},
-            **{name: dropped[name] for name in ("duplicates", "leaks")},
-            "leak_rate": sum(repeated) / len(repeated),
-        },
-    )
+    dropped.update(duplicates=len(examples) - len(new), leaks=len(new) - len(kept))
+    return kept
 
 
-def _unlike(
-    examples: list[dict[str, Any]], held_out: Sequence[dict[str, Any]], train: Sequence[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """``examples`` without those that only together repeat a held-out definition that ``train`` alone does not."""
-    repeated = leaks(held_out, [*train, *examples])
+def _unlike(examples: list[dict[str, Any]], splits: Splits) -> list[dict[str, Any]]:
+    """``examples`` without those that only together repeat a held-out definition (its code in scattered pieces)."""
+    held_out = [*splits["validation"], *splits["test"]]
+    repeated = leaks(held_out, [*splits["train"], *examples])
     code = {
         gram
         for example, leak in zip(held_out, repeated, strict=True)
@@ -221,16 +255,5 @@ def _read(
             yield package.name, name, text
     for name, distribution in sorted(documented.items()):
         for place, text in prose.prose_of(distribution):
-            yield name, place, text
-
-
-def _pairs(packages: Sequence[Package], workers: int | None) -> list[tuple[str, dict[str, Any]]]:
-    """``(package, example)`` of every documented definition."""
-    if not packages:
-        return []
-    ids: Counter[str] = Counter()
-    found = []
-    for package, rows in zip(packages, extract(packages, workers), strict=True):
-        for name, document, summary in rows:
-            found.append((package.name, example_of(name, document, summary, ids)))
-    return found
+            if name in HELD_OUT or HELD_OUT.isdisjoint(re.split(r"[/.-]", place.lower())):
+                yield name, place, text

@@ -157,6 +157,8 @@ def _write(fields: TextFields, folder: Path) -> None:
     from pipelines.stage import write_json
 
     parts = {name: folder / f".{name}.partial" for name in ("text", "pairs")}
+    for part in parts.values():
+        shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed
     try:
         pairs, stats = None, {}
         if fields.text == EMBEDDED:
@@ -204,6 +206,8 @@ def _write_documents(documents: Iterable[Document], folder: Path, fields: TextFi
     files = {split: folder / f"{split}.arrow" for split in SPLITS}
     writers = {split: ArrowWriter(path=str(files[split]), features=features) for split in SPLITS}
     counts = {split: Counter(documents=0, words=0, bytes=0) for split in SPLITS}
+    # By default `datasets` would put the time of writing into what it saves.
+    digests = {split: hashlib.sha256() for split in SPLITS}
     least = (2**64, 0)
     for split, source, text in documents:
         if split is None:
@@ -211,13 +215,15 @@ def _write_documents(documents: Iterable[Document], folder: Path, fields: TextFi
             split = "validation" if number < fields.text_validation_fraction * 2**64 else "train"
             least = min(least, (number, counts["train"]["documents"]))
         writers[split].write({"text": text, "source": source})
+        digests[split].update(f"{source}\n{text}\n".encode())
         counts[split].update(_count(text))
     made = {}
     for split, writer in writers.items():
         # An Arrow file without rows cannot be finalized.
         if counts[split]["documents"]:
             writer.finalize()
-            made[split] = datasets.Dataset.from_file(str(files[split]))
+            table = datasets.table.MemoryMappedTable.from_file(str(files[split]))
+            made[split] = datasets.Dataset(table, fingerprint=digests[split].hexdigest()[:16])
         else:
             writer.close()
     if "train" in made and "validation" not in made and least[0] < 2**64:
@@ -226,7 +232,7 @@ def _write_documents(documents: Iterable[Document], folder: Path, fields: TextFi
         for split, wanted in (("validation", True), ("train", False)):
             chosen = [index for index, value in enumerate(same) if value is wanted]
             counts[split] = sum((_count(made["train"][i]["text"]) for i in chosen), Counter(documents=0))
-            made[split] = made["train"].select(chosen)
+            made[split] = made["train"].select(chosen, new_fingerprint=f"{made['train']._fingerprint}{split}")
     for split in SPLITS:
         if not counts[split]["documents"]:
             total = counts["train"]["documents"] + counts["validation"]["documents"]

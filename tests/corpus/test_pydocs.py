@@ -1,6 +1,5 @@
 """The embedded set on packages made here: held-out packages, duplicates, leaks, cache."""
 
-import itertools
 import random
 import sys
 
@@ -10,46 +9,14 @@ from pipelines.corpus import pydocs as module
 from pipelines.corpus.local import as_datasets
 from pipelines.corpus.pydocs import Package, build, environment_key, extract, installed_packages, leaks, words_of
 from pipelines.errors import UserError
-
-VERBS = ["Measure", "Collect", "Rotate", "Merge", "Filter", "Encode", "Balance", "Trace", "Shuffle", "Repair"]
-THINGS = ["river", "window", "circuit", "ledger", "planet", "bridge", "garden", "signal", "carpet", "engine"]
-ENDS = [
-    "before dawn",
-    "with great care",
-    "under heavy load",
-    "across borders",
-    "at low cost",
-    "in reverse",
-    "by weight",
-]
-
-
-def function(name, summary, body="    total = [value * 3 for value in numbers if value]\n    return total"):
-    return f'def {name}(numbers):\n    """{summary}"""\n    label = "{name}"\n{body}\n\n'
-
-
-def install(site, name, version, files):
-    """An installed distribution: its files, METADATA and RECORD, as a wheel leaves them."""
-    info = site / f"{name}-{version}.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    record = [f"{info.name}/METADATA,,"]
-    for path, text in files.items():
-        (site / path).parent.mkdir(parents=True, exist_ok=True)
-        (site / path).write_text(text)
-        record.append(f"{path},,")
-    (info / "RECORD").write_text("\n".join(record) + "\n")
+from tests.corpus.made_packages import function, install, sentences
 
 
 @pytest.fixture
 def site(tmp_path):
     """Three packages: train, val, held; importing any of their modules would fail."""
     folder = tmp_path / "site"
-    lines = [
-        f"{v} every {t} {e}."
-        for (v, t), e in zip(itertools.product(VERBS, THINGS), itertools.cycle(ENDS), strict=False)
-    ]
-    random.Random(1).shuffle(lines)
+    lines = sentences()
     code = [
         function(f"job_{i}", line, f"    return [n + {i} for n in reversed(numbers) if n % {i + 2} == {i}]")
         for i, line in enumerate(lines)
