@@ -7,6 +7,7 @@ examples is what Garg et al. (2022), "What Can Transformers Learn In-Context?", 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,7 +37,9 @@ class WordModelConfig(TaskFields, TrainingConfig):
     text: Source = Field(
         EMBEDDED, description="where the words of the other tasks come from: pydocs, a data file, a folder or a hub id"
     )
-    longest_word: int = Field(10, ge=3, le=64, description="letters of these words at most")
+    longest_word: int = Field(
+        10, ge=3, le=64, description="letters of a word at most; longer ones are left out"
+    )
     at_least: int = Field(2, ge=1, description="how often a word must stand in the text")
     row_length: int = Field(192, ge=32, description="tokens of an episode; a solved example takes some 20")
     hidden_size: int = Field(128, ge=8, description="width of the states")
@@ -103,6 +106,12 @@ def _tasks(
     return train, {n: p for n, p in held_out.items() if p}, {f"word_model/{k}": float(v) for k, v in counts.items()}
 
 
+def _short(task: Task, longest: int) -> Task:
+    """The task without the words that are longer than so many letters."""
+    splits = {s: [e for e in getattr(task, s) if len(e.input) <= longest] for s in ("train", "validation", "test")}
+    return dataclasses.replace(task, **splits)
+
+
 def _save_nouns(task: Task, folder: Path) -> None:
     """The splits as files: what comes after must ask the very words that were held out here."""
     folder.mkdir(exist_ok=True)
@@ -141,7 +150,7 @@ def word_model(config: WordModelConfig) -> dict[str, float]:
     )
 
     state = PartialState()
-    task = load_task(config)
+    task = _short(load_task(config), config.longest_word)
     tasks, held_out, metrics = _tasks(config, task)
     tokenizer = character_tokenizer(config.max_positions)
     set_seed(config.seed)

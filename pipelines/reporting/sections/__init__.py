@@ -12,6 +12,7 @@ from pipelines.reporting.sections.images import images
 from pipelines.reporting.sections.images_training import images_training
 from pipelines.reporting.sections.ppo import ppo
 from pipelines.reporting.sections.prompting import prompting
+from pipelines.reporting.sections.prompting_compare import prompting_compare
 from pipelines.reporting.sections.prompting_explore import prompting_explore
 from pipelines.reporting.sections.results import results
 from pipelines.reporting.sections.reward import reward_model
@@ -22,6 +23,7 @@ SECTIONS: tuple[SectionWriter, ...] = (
     ppo,
     best_of_n,
     reward_model,
+    prompting_compare,
     prompting,
     prompting_explore,
     images,
