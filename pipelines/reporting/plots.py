@@ -78,6 +78,7 @@ class Series:
         smooth: draw the raw values faintly and their running mean strongly.
         points: draw dots instead of a line.
         colour: index into ``SERIES``.
+        bars: the (low, high) ends of an interval at each x, drawn as a bar; empty for none.
     """
 
     label: str
@@ -86,6 +87,7 @@ class Series:
     smooth: bool = False
     points: bool = False
     colour: int | None = None
+    bars: Sequence[tuple[float, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,8 @@ def lines(name: str, panels: Sequence[Panel], xlabel: str, alt: str) -> str:
 
 def _draw(axis: Axes, series: Series, colour: str) -> None:
     x, y = thinned(series.x, series.y)
+    if series.bars:
+        axis.vlines(series.x, *zip(*series.bars, strict=True), color=colour, linewidth=1.2, alpha=0.6)
     if series.points:
         axis.plot(x, y, "o", color=colour, markersize=2.6, markeredgewidth=0, alpha=0.45, label=series.label or None)
         return

@@ -34,6 +34,7 @@ COLUMNS = {
     "calibration_error": ("Calibration error, %", PER_CENT),
     "failed": ("Failed", Measure("", digits=0)),
 }
+FAULTS = ("uninformative_rate", "invalid_rate", "failed")
 BASELINES = {"chance": "Chance", "spelling_rules": "The rules of spelling", "lead1": "The first sentence"}
 LARGEST_CALIBRATIONS = 6
 _MINUS = "_minus_"
@@ -74,7 +75,13 @@ def results(stage: Stage, trials: Sequence[Mapping[str, Any]]) -> Table:
     rows = [(label, f"hard/{name}") for name, label in BASELINES.items()]
     rows += [(f"{t['model']}: {t['strategy'].replace('_', ' ')}", f"hard/{t['model']}/{t['strategy']}") for t in trials]
     rows = [row for row in rows if any(key.startswith(f"{row[1]}/") for key in metrics)]
-    columns = [c for c in COLUMNS if any(metrics.get(f"{prefix}/{c}") for _, prefix in rows)]
+    measured = {column: [metrics.get(f"{prefix}/{column}") for _, prefix in rows] for column in COLUMNS}
+    # What went wrong nowhere needs no column.
+    columns = [
+        column
+        for column, values in measured.items()
+        if (any(values) if column in FAULTS else any(value is not None for value in values))
+    ]
     body = [
         [Cell(label), *[interval_cell(metrics, f"{prefix}/{column}", COLUMNS[column][1]) for column in columns]]
         for label, prefix in rows
@@ -94,30 +101,23 @@ def _shots(stage: Stage, trials: Sequence[Mapping[str, Any]]) -> list[Markup]:
     for trial in trials:
         value = estimate(stage.metrics, f"hard/{trial['model']}/{trial['strategy']}/{metric}")
         family = re.sub(rf"_{trial['shots']}(?=$|_likelihood$)", "", trial["strategy"])
-        if value is not None and family != trial["strategy"]:
+        if value is not None and value.low is not None and value.high is not None and family != trial["strategy"]:
             found.setdefault(f"{trial['model']}: {family.replace('_', ' ')}", []).append((trial["shots"], value))
-    series, several = [], 0
-    for points in (points for points in found.values() if len(points) > 1):
-        several += 1
-        series += _with_bars(points, measure.scale, several - 1)
-    if not several:
-        return []
     names = [name for name, points in found.items() if len(points) > 1]
+    if not names:
+        return []
+    series = []
+    for number, name in enumerate(names):
+        points = sorted(found[name], key=lambda point: point[0])
+        # Side by side, so that the bars of two strategies do not hide one another.
+        x = [shots + 0.08 * (number - (len(names) - 1) / 2) for shots, _ in points]
+        y = [value.value * measure.scale for _, value in points]
+        bars = [(value.low * measure.scale, value.high * measure.scale) for _, value in points]
+        series.append(Series(str(number + 1), x, y, colour=number, bars=bars))
     panels = [Panel(series, f"{COLUMNS[metric][0]}", zero=True)]
     svg = plots.lines(f"shots-{anchor(stage.name)}", panels, "solved examples in the prompt", "; ".join(names))
     listed = "; ".join(f"{number}. {name}" for number, name in enumerate(names, 1))
     return [figure(svg, f"Bars: 95 %. {listed}.", "Shots")]
-
-
-def _with_bars(points: Sequence[tuple[int, Estimate]], scale: float, number: int) -> list[Series]:
-    points = sorted(points, key=lambda point: point[0])
-    x = [float(shots) for shots, _ in points]
-    lines = [Series(str(number + 1), x, [value.value * scale for _, value in points], colour=number)]
-    for shots, value in points:
-        if value.low is not None and value.high is not None:
-            ends = [value.low * scale, value.high * scale]
-            lines.append(Series("", [float(shots)] * 2, ends, colour=number))
-    return lines
 
 
 def _differences(stage: Stage, trials: Sequence[Mapping[str, Any]]) -> list[Markup]:

@@ -43,10 +43,8 @@ def _sweep(stage: Stage, sweep: Mapping[str, Any]) -> list[Markup]:
             mine = [p for p in points if p["model"] == model and measure in p]
             x = [p["temperature"] for p in mine]
             name = model if not panels else ""
-            series.append(Series(name, x, [100 * p[measure] for p in mine], colour=number))
-            for p in mine:
-                ends = [100 * p[f"{measure}_low"], 100 * p[f"{measure}_high"]]
-                series.append(Series("", [p["temperature"]] * 2, ends, colour=number))
+            bars = [(100 * p[f"{measure}_low"], 100 * p[f"{measure}_high"]) for p in mine]
+            series.append(Series(name, x, [100 * p[measure] for p in mine], colour=number, bars=bars))
         if any(s.x for s in series):
             panels.append(Panel(series, label, zero=True))
     alt = f"{stage.name}: by temperature, for {', '.join(models)}: {', '.join(MEASURES.values())}"
@@ -89,7 +87,7 @@ def _digits(found: Mapping[str, Any]) -> list[Markup]:
     parts = [heading("Random digits"), html_table(Table(columns, rows), "Digits"), paragraph(note, "note")]
     for entry in found["models"]:
         if entry["model"] != "generator":
-            text = Markup("<pre>{}<b>{}</b></pre>").format(found["prompt"], entry["first"])
+            text = Markup("<pre>{}<b>{}</b></pre>").format(found["prompt"], " ".join(entry["first"].split()))
             parts.append(folded(f"{entry['model']}: a list", text))
     return parts
 
@@ -104,7 +102,7 @@ def _views(views: Sequence[Mapping[str, Any]]) -> list[Markup]:
     for view in views:
         tokens = Markup("").join(_token(token) for token in view["tokens"])
         parts.append(
-            Markup('<div class="tokens"><p class="note">{}</p><pre>{}</pre><p>{}</p></div>').format(
+            Markup('<div class="tokens"><p class="note">{}</p><pre>{}</pre><div>{}</div></div>').format(
                 view["model"], view["prompt"], tokens
             )
         )
@@ -114,12 +112,12 @@ def _views(views: Sequence[Mapping[str, Any]]) -> list[Markup]:
 def _token(token: Mapping[str, Any]) -> Markup:
     probability = token["probability"]
     others = Markup("").join(
-        Markup("<li{}>{} <b>{}</b></li>").format(
+        Markup("<span{}>{} <b>{}</b></span>").format(
             Markup(' class="taken"') if text == token["token"] else "", visible(text), _per_cent(share)
         )
         for text, share in token["alternatives"]
     )
-    tip = Markup('<span role="tooltip"><ul>{}</ul></span>').format(others)
+    tip = Markup('<span role="tooltip">{}</span>').format(others)
     return Markup('<span class="token" tabindex="0" style="--p:{:.2f}">{}<small>{}</small>{}</span>').format(
         probability, visible(token["token"]), _per_cent(probability), tip
     )
