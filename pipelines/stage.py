@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 import pipelines
 from pipelines.config import as_plain, fields_of, sources
 from pipelines.errors import Problem, UserError
+from pipelines.memory import keep_freed_memory
 
 STAGE_FILE = "stage.json"
 CHECKPOINTS = "checkpoints"
@@ -273,6 +274,7 @@ def execute(function: Callable, config: Any, *, recipe: str = "", force: bool = 
     Raises:
         UserError: for a user's mistake; the folder is then as it was before.
     """
+    keep_freed_memory()
     folder = Path(config.output_dir).expanduser()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return _execute_together(function, config, folder, recipe, force)

@@ -17,6 +17,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import DPOConfig
 
+from pipelines.memory import keep_freed_memory
 from pipelines.seq2seq.dpo_trainer import EncoderDecoderDPOTrainer
 from pipelines.seq2seq.ppo_arguments import PPOArguments
 from pipelines.seq2seq.ppo_trainer import PPOTrainer
@@ -59,7 +60,7 @@ def common(job: dict, folder: str) -> dict:
     return {
         "output_dir": folder,
         "learning_rate": 1e-5,
-        "optim": "adamw_torch",
+        "optim": "adamw_torch_fused",
         "report_to": [],
         "save_strategy": "no",
         "use_cpu": not torch.cuda.is_available(),
@@ -192,6 +193,7 @@ def raw_parts(trainer: PPOTrainer) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as every stage does
     asked = workload.job()
     imported = workload.peak_megabytes()
     with tempfile.TemporaryDirectory() as folder:

@@ -72,7 +72,7 @@ def training_arguments(config: TrainingConfig, cls: type, **overrides: Any) -> A
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": config.lr_scheduler,
         "warmup_steps": config.warmup_ratio,
-        "optim": "adamw_torch",
+        "optim": "adamw_torch_fused",
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "num_train_epochs": config.epochs,
