@@ -106,10 +106,12 @@ def test_killed_while_measuring_it_goes_on_and_ends_alike(stages, whole, tmp_pat
     shutil.copytree(whole, run_dir)
     shutil.rmtree(run_dir / "measure")
     argv = ["run", str(CHAIN), "--output_dir", str(run_dir)]
-    code, _ = stages.run(*argv, kill=(r"bitflip-0/\.000001\.safetensors", 1))
+    code, _ = stages.run(*argv, kill=(r"/\.bitflip\.png", 1))
     assert code == -signal.SIGKILL
-    kept = sorted(p.name for p in (run_dir / ".measure.partial" / "checkpoints" / "ddpm-0").iterdir())
-    assert kept == [f"00000{n}.safetensors" for n in range(3)]
+    blocks = sorted((run_dir / ".measure.partial" / "checkpoints").rglob("*.safetensors"))
+    assert [(p.parent.name, p.stem) for p in blocks] == [
+        (name, f"00000{number}") for name in ("bitflip-0", "ddpm-0") for number in range(3)
+    ]
     code, printed = stages.run(*argv)
     assert code == 0, printed[-3000:]
     assert content(run_dir / "measure") == content(whole / "measure")

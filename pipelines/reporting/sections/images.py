@@ -47,7 +47,7 @@ def images(run: Run) -> Section | None:
         seconds = (stage.json("timing.json") or {}).get("seconds_a_sample", {})
         parts += [heading(stage.name)] if len(run.of_kind(*KINDS)) > 1 else []
         parts += [_table(stage, systems, seconds), _explained(stage, settings)]
-        parts.append(figures([_figure(stage, systems, seconds)]))
+        parts.append(figures(_figure(stage, systems, seconds)))
         parts += [_drawn(stage, system) for system in settings["families"]]
         shown.add(stage.name)
     if not parts:
@@ -81,8 +81,8 @@ def _explained(stage: Stage, settings: Mapping) -> Markup:
     return paragraph(" ".join([*texts, small]), "note")
 
 
-def _figure(stage: Stage, systems: Sequence[str], seconds: Mapping[str, float]) -> Markup:
-    """Every measure of the figure in a row of dots; a measure that nobody has is left out."""
+def _figure(stage: Stage, systems: Sequence[str], seconds: Mapping[str, float]) -> list[Markup]:
+    """Every measure of the figure in a panel of dots; a measure that nobody has is left out."""
     panels = []
     for measure in _FIGURE:
         values = {}
@@ -95,13 +95,15 @@ def _figure(stage: Stage, systems: Sequence[str], seconds: Mapping[str, float]) 
             shown = measure_of(measure)
             label = "seconds a sample (log)" if measure == "seconds" else f"{shown.label} {shown.unit}".strip()
             panels.append((label, {s: v * shown.scale for s, v in values.items()}, measure == "seconds"))
+    if not panels:
+        return []
     alt = "; ".join(
         f"{label}: " + ", ".join(f"{system_label(s)} {value:.3g}" for s, value in values.items())
         for label, values, _ in panels
     )
     drawn = plots.dots(f"images-{anchor(stage.name)}", panels, [(s, system_label(s)) for s in systems], REAL, alt)
     caption = "Fréchet distance and seconds: the further left the better; precision and recall: the further right."
-    return figure(drawn, caption, "The models beside one another")
+    return [figure(drawn, caption, "The models beside one another")]
 
 
 def _drawn(stage: Stage, system: str) -> Markup:
