@@ -115,7 +115,7 @@ def test_no_more_requests_at_once_than_told(tmp_path):
 
     with FaultyProxy(None, plan) as proxy:
         endpoint(proxy.url, tmp_path, concurrency=3).generate([f"p{n}" for n in range(20)], GREEDY)
-        assert proxy.most_at_once == 3
+        assert 2 <= proxy.most_at_once <= 3
         assert proxy.requests == 20
 
 

@@ -201,6 +201,32 @@ def remote(url: str, nouns_file: Path, out: Path, cache: Path, *more: str) -> li
     return ["--recipe", "prompting/hard", *fixed, f"response_cache={cache}", f"output_dir={out}", *more]
 
 
+@pytest.mark.parametrize("api", ["completions", "chat"])
+def test_a_served_model_is_measured_as_the_model_itself(served, tiny_folder, nouns_file, tmp_path, api):
+    config = validate(
+        HardConfig,
+        {
+            "models": {"here": str(tiny_folder)},
+            "chat_models": ["here"] * (api == "chat"),
+            "endpoints": {"far": {"url": served.url, "model": served.model, "api": api}},
+            "dataset": str(nouns_file),
+            "test_fraction": 0.4,
+            "strategies": {"few_shot": {"shots": 2}},
+            "max_new_tokens": 6,
+            "response_cache": str(tmp_path / "cache"),
+            "output_dir": str(tmp_path / "hard"),
+        },
+    )
+    metrics = execute(hard, config)
+    assert metrics["hard/far/few_shot/accuracy_minus_here"] == 0
+    lines = {"here": [], "far": []}
+    for line in lines_of(tmp_path / "hard"):
+        assert (line.pop("confidence") is None) == (line["model"] == "far")  # it gives no log-probabilities
+        lines[line.pop("model")].append(line)
+    assert lines["here"] == lines["far"]
+    assert len({line["text"] for line in lines["far"]}) > 1
+
+
 def test_failed_answers_are_told_then_asked_for_again_and_the_key_is_nowhere(prompting_cli, nouns_file, tmp_path):
     def answer(body, before):
         word = body["prompt"].splitlines()[-1].removesuffix(" ->")

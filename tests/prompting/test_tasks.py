@@ -6,7 +6,7 @@ import pytest
 
 from pipelines.config import validate
 from pipelines.errors import UserError
-from pipelines.prompting.tasks import Choice, TaskFields, load_task
+from pipelines.prompting.tasks import Choice, Example, TaskFields, load_task
 from pipelines.prompting.tasks_words import IRREGULAR_NOUNS, group_of, nouns_of, plural, regular_plural
 
 LABELS = "ABCDE"
@@ -56,6 +56,26 @@ def test_a_split_without_answers_matters_only_where_it_is_measured(tmp_path):
     assert task.test == []
     with pytest.raises(UserError, match=r"test\.jsonl line 1: the answer key 'answerKey' is missing; give .*split="):
         load_task(given, ("train", "test"))
+
+
+def test_a_saved_dataset_with_the_hubs_features_is_read(tmp_path):
+    """``tau/commonsense_qa`` has its choices as a mapping of two lists, and a test split whose keys are empty."""
+    from datasets import Dataset, DatasetDict, Features, List, Value
+
+    text = Value("string")
+    features = Features(
+        {"id": text, "question": text, "choices": {"label": List(text), "text": List(text)}, "answerKey": text}
+    )
+
+    def split(key: str) -> Dataset:
+        choices = {"label": ["A", "B"], "text": ["x", "y"]}
+        rows = [{"id": f"{key}{n}", "question": f"Which {n}?", "choices": choices, "answerKey": key} for n in range(3)]
+        return Dataset.from_list(rows, features=features)
+
+    saved = DatasetDict({"train": split("A"), "validation": split("B"), "test": split("")})
+    saved.save_to_disk(str(tmp_path / "hub"))
+    task = load_task(fields(task="multiple_choice", dataset=str(tmp_path / "hub")), ("train", "validation"))
+    assert task.validation[2] == Example("B2", "Which 2?", "B", (Choice("A", "x"), Choice("B", "y")))
 
 
 def broken(change) -> dict:
