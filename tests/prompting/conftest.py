@@ -93,7 +93,8 @@ def served(tiny_folder, tmp_path_factory):
 
 
 def pytest_collection_modifyitems(items):
-    """Keep the tests that ask the server in one worker: it takes long to start."""
+    """Keep the tests that share the server, or the process with its imports done, in one worker each."""
     for item in items:
-        if HERE in item.path.parents and "served" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("served"))
+        for name in ("served", "prompting_cli"):
+            if HERE in item.path.parents and name in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.xdist_group(name))
