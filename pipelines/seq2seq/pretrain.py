@@ -8,8 +8,10 @@ alone, so a killed run goes on exactly where it was.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from pydantic import Field
 
 from pipelines.config import INERT, config, fields_of
@@ -19,9 +21,11 @@ from pipelines.seq2seq.scratch import ScratchConfig, load_or_new
 from pipelines.seq2seq.training import LengthConfig, TrainingConfig
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from pipelines.seq2seq.pretrain_data import Objective
+    from pipelines.seq2seq.pretrain_data import Mixture, Objective, TokenRows
+    from pipelines.seq2seq.pretrain_trainer import HeldOut
 
 
 @config
@@ -58,7 +62,7 @@ class PretrainConfig(ScratchConfig, TextFields, LengthConfig, TrainingConfig):
 
     def problems(self) -> list[Problem]:
         found = super().problems()
-        if not any(self.weights().values()):
+        if not self.weights():
             mend = "give one of span_weight, copy_weight, gap_weight, supervised_weight above 0"
             found.append(Problem("span_weight", self.span_weight, "all four weights are 0", mend))
         if self.copy_steps and not self.copy_weight:
@@ -73,13 +77,9 @@ class PretrainConfig(ScratchConfig, TextFields, LengthConfig, TrainingConfig):
         return found
 
     def weights(self) -> dict[str, float]:
-        """Objective -> weight."""
-        return {
-            "span": self.span_weight,
-            "copy": self.copy_weight,
-            "gap": self.gap_weight,
-            "supervised": self.supervised_weight,
-        }
+        """Objective -> weight, of those whose weight is above 0."""
+        found = {name: getattr(self, f"{name}_weight") for name in ("span", "copy", "gap", "supervised")}
+        return {name: weight for name, weight in found.items() if weight}
 
 
 def sentinel_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -91,31 +91,23 @@ def sentinel_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return found
 
 
-def _check_sentinels(settings: PretrainConfig, tokenizer: PreTrainedTokenizerBase, sentinels: list[int]) -> int:
-    """The tokens of a packed row, all of whose spans have a sentinel.
-
-    Raises:
-        UserError: no sentinels, too few of them, or a source too short to be corrupted.
-    """
+def _check_tokenizer(settings: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that cannot mark what is hidden, and prefixes that leave no room for text."""
     from pipelines.seq2seq.pretrain_spans import packed_length, span_counts
-
-    field, value = ("model", settings.model) if settings.tokenizer is None else ("tokenizer", settings.tokenizer)
-    if not sentinels and (settings.span_weight or settings.gap_weight):
-        mend = "give a tokenizer with them (T5's, or the stage tokenizer's), or span_weight=0 gap_weight=0"
-        raise UserError(field, value, "it has no sentinels (<extra_id_0> …)", mend)
-    if not settings.span_weight:
-        return 0
-    length = packed_length(settings.max_source_length, settings.noise_density, settings.mean_span)
-    spans = span_counts(length, settings.noise_density, settings.mean_span)[1]
-    if spans > len(sentinels):
-        problem = f"a row has {spans} hidden spans, the tokenizer {len(sentinels)} sentinels"
-        raise UserError("max_source_length", settings.max_source_length, problem, "give less, or a larger mean_span")
-    return length
-
-
-def _check_prefixes(settings: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     from pipelines.seq2seq.pretrain_text import prefix_ids
 
+    sentinels = len(sentinel_ids(tokenizer))
+    if not sentinels and (settings.span_weight or settings.gap_weight):
+        field = "model" if settings.tokenizer is None else "tokenizer"
+        mend = "give a tokenizer with them (T5's, or the stage tokenizer's), or span_weight=0 gap_weight=0"
+        raise UserError(field, getattr(settings, field), "it has no sentinels (<extra_id_0> …)", mend)
+    if settings.span_weight:
+        length = packed_length(settings.max_source_length, settings.noise_density, settings.mean_span)
+        spans = span_counts(length, settings.noise_density, settings.mean_span)[1]
+        if spans > sentinels:
+            problem = f"a row has {spans} hidden spans, the tokenizer {sentinels} sentinels"
+            mend = "give less, or a larger mean_span"
+            raise UserError("max_source_length", settings.max_source_length, problem, mend)
     for name in ("prefix", "copy_prefix", "gap_prefix"):
         taken = len(prefix_ids(tokenizer, getattr(settings, name)))
         if taken + 4 > settings.max_source_length:
@@ -123,59 +115,138 @@ def _check_prefixes(settings: PretrainConfig, tokenizer: PreTrainedTokenizerBase
             raise UserError(name, getattr(settings, name), problem, "shorten it, or raise max_source_length")
 
 
-def _objectives(
-    settings: PretrainConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Any,
-    split: str,
-    names: list[str],
-    sentinels: list[int],
-    row_length: int,
-) -> dict[str, Objective]:
-    import numpy as np
+def _tokens(
+    settings: PretrainConfig, tokenizer: PreTrainedTokenizerBase, progress: bool
+) -> tuple[Path, Dataset | None]:
+    """The folder of the text's tokens, written if need be, and the validation documents with their summaries."""
+    from pipelines.corpus.text import open_text
+    from pipelines.seq2seq.pretrain_text import TokenSettings, token_folder, write_tokens
+    from pipelines.stage import identity
 
+    chosen = TokenSettings(
+        settings.max_source_length,
+        settings.max_target_length,
+        settings.prefix,
+        settings.copy_prefix,
+        settings.gap_prefix,
+        settings.gap_choice,
+    )
+    content = [str(getattr(settings, name)) for name in fields_of(TextFields) if name not in ("text", "pairs")]
+    content += [identity(value) for value in (settings.text, settings.pairs) if value is not None]
+    content += [*settings.environment().values(), *settings.weights()]
+    folder = token_folder(chosen, tokenizer, content)
+    data = open_text(settings, folder.with_name(f"{folder.name}-text"))
+    if data.pairs is None:
+        problem = "there are no documents with summaries"
+        if settings.supervised_weight:
+            mend = "give pairs=FILE-or-folder, or supervised_weight=0"
+            raise UserError("supervised_weight", settings.supervised_weight, problem, mend)
+        if settings.keep == "best" and settings.best == "rouge":
+            raise UserError("best", settings.best, problem, "give pairs=FILE-or-folder, or best=loss")
+    sentinel = next(iter(sentinel_ids(tokenizer)), -1)
+    write_tokens(folder, data.text, data.pairs, tokenizer, chosen, list(settings.weights()), sentinel, progress)
+    return folder, None if data.pairs is None else data.pairs["validation"]
+
+
+def _objectives(
+    settings: PretrainConfig, tokenizer: PreTrainedTokenizerBase, folder: Path, split: str
+) -> dict[str, Objective]:
+    """The objectives whose weight is above 0, over one split."""
     from pipelines.seq2seq.pretrain_data import CopyObjective, PairObjective, SpanObjective
-    from pipelines.seq2seq.pretrain_spans import PackedText
+    from pipelines.seq2seq.pretrain_spans import PackedText, packed_length
     from pipelines.seq2seq.pretrain_text import open_tokens, prefix_ids
 
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
-    found: dict[str, Objective] = {}
-    for name in names:
-        if name == "span":
-            stream = open_tokens(folder, "stream", split).flat
-            if len(stream) < 2:
-                raise _too_little(settings, split, "text", "tokens of text", len(stream))
-            text = PackedText(stream, row_length)
-            marks = np.asarray(sentinels, dtype=np.int64)
-            found[name] = SpanObjective(text, marks, settings.noise_density, settings.mean_span, pad, end)
-            continue
-        if name == "copy":
-            rows = open_tokens(folder, "copy", split)
-            length = min(settings.copy_length, settings.max_target_length - 1)
-            skipped = len(prefix_ids(tokenizer, settings.copy_prefix))
-            found[name] = CopyObjective(rows, skipped, length, settings.copy_from == "anywhere", pad, end)
-        else:
-            files = ("gap-source", "gap-target") if name == "gap" else ("source", "target")
-            rows, targets = (open_tokens(folder, file, split) for file in files)
-            found[name] = PairObjective(rows, targets, pad)
-        if not len(rows):
-            raise _too_little(settings, split, name, f"examples of {name}", 0)
-    return found
+    noise = settings.noise_density, settings.mean_span
+
+    def rows(name: str, objective: str) -> TokenRows:
+        found = open_tokens(folder, name, split)
+        if len(found.flat) < 2:
+            mend = f"give more text, or {objective}_weight=0"
+            problem = f"its {split} split gives {len(found)} examples of the objective {objective}"
+            raise UserError("text", settings.text, problem, mend)
+        return found
+
+    def span() -> Objective:
+        text = PackedText(rows("stream", "span").flat, packed_length(settings.max_source_length, *noise))
+        return SpanObjective(text, np.asarray(sentinel_ids(tokenizer), dtype=np.int64), *noise, pad, end)
+
+    def copy() -> Objective:
+        skipped = len(prefix_ids(tokenizer, settings.copy_prefix))
+        length = min(settings.copy_length, settings.max_target_length - 1)
+        return CopyObjective(rows("copy", "copy"), skipped, length, settings.copy_from == "anywhere", pad, end)
+
+    def gap() -> Objective:
+        return PairObjective(rows("gap-source", "gap"), rows("gap-target", "gap"), pad)
+
+    def supervised() -> Objective:
+        return PairObjective(rows("source", "supervised"), rows("target", "supervised"), pad)
+
+    makers = {"span": span, "copy": copy, "gap": gap, "supervised": supervised}
+    return {name: makers[name]() for name in settings.weights()}
 
 
-def _too_little(settings: PretrainConfig, split: str, name: str, noun: str, count: int) -> UserError:
-    mend = "give more text" + ("" if name == "text" else f", or {name}_weight=0")
-    return UserError("text", settings.text, f"its {split} split gives {count} {noun}", mend)
+def _mixture(
+    settings: PretrainConfig, objectives: dict[str, Objective], processes: int, pad: int, start: int
+) -> Mixture:
+    from pipelines.seq2seq.pretrain_data import Mixture
+
+    size, weights = settings.batch_size * processes, settings.weights()
+    passes = {name: objective.batches_a_pass(size) for name, objective in objectives.items()}
+    for name, batches in passes.items():
+        if not batches:
+            problem = f"its training text gives less than one batch of {name} (devices × batch_size = {size})"
+            raise UserError("text", settings.text, problem, "give more text, or a smaller batch_size")
+    steps = settings.max_steps
+    if steps <= 0:
+        # As many as the objective that is the last to have gone through its text needs for the passes asked for.
+        longest = max(batches * sum(weights.values()) / weights[name] for name, batches in passes.items())
+        steps = settings.copy_steps + max(1, math.ceil(settings.epochs * longest / settings.gradient_accumulation))
+    accumulation, seed = settings.gradient_accumulation, settings.seed
+    return Mixture(objectives, weights, steps, accumulation, size, seed, pad, start, settings.copy_steps)
 
 
-def _steps(settings: PretrainConfig, objectives: dict[str, Objective], size: int) -> int:
-    """Optimizer steps: as given, or passes over the text of the objective that gets through its own last."""
-    if settings.max_steps > 0:
-        return settings.max_steps
-    weights = {name: settings.weights()[name] for name in objectives}
-    total = sum(weights.values())
-    batches = max(o.batches_a_pass(size) * total / weights[name] for name, o in objectives.items())
-    return settings.copy_steps + max(1, math.ceil(settings.epochs * batches / settings.gradient_accumulation))
+def _held_out(
+    settings: PretrainConfig, tokenizer: PreTrainedTokenizerBase, folder: Path, pairs: Dataset | None
+) -> HeldOut:
+    from pipelines.corpus.local import sample
+    from pipelines.seq2seq.pretrain_trainer import HeldOut
+
+    chosen = []
+    if pairs is not None:
+        chosen = pairs.select(sample(len(pairs), settings.rouge_examples, 0, "validation")).to_list()
+    return HeldOut.of(
+        _objectives(settings, tokenizer, folder, "validation"),
+        settings.weights(),
+        tokenizer,
+        size=settings.eval_batch_size,
+        limit=settings.eval_examples,
+        seed=settings.seed,
+        documents=[row["document"] for row in chosen],
+        references=[row.get("references") or [row["summary"]] for row in chosen],
+    )
+
+
+def _arguments(settings: PretrainConfig, steps: int) -> Any:
+    from transformers import Seq2SeqTrainingArguments
+
+    from pipelines.seq2seq.training import training_arguments
+
+    eval_steps = settings.eval_steps or (settings.save_steps if settings.keep == "best" else None)
+    return training_arguments(
+        settings,
+        Seq2SeqTrainingArguments,
+        max_steps=steps,
+        num_train_epochs=1,
+        # The mixture itself is the order.
+        train_sampling_strategy="sequential",
+        eval_strategy="no" if eval_steps is None else "steps",
+        eval_steps=eval_steps,
+        load_best_model_at_end=settings.keep == "best",
+        metric_for_best_model="eval_rouge1" if settings.best == "rouge" else "eval_loss",
+        greater_is_better=settings.best == "rouge",
+        remove_unused_columns=False,
+    )
 
 
 def pretrain(config: PretrainConfig) -> dict[str, float]:
@@ -195,106 +266,26 @@ def pretrain(config: PretrainConfig) -> dict[str, float]:
         UserError: unusable text, model, tokenizer or lengths; less text than a step takes.
     """
     from accelerate import PartialState
-    from transformers import Seq2SeqTrainingArguments
 
-    from pipelines.corpus.local import sample
-    from pipelines.corpus.text import open_text
     from pipelines.precision import choose_precision
     from pipelines.seq2seq.generation import GenerationConfig
-    from pipelines.seq2seq.pretrain_data import OBJECTIVES, Mixture
-    from pipelines.seq2seq.pretrain_text import TokenSettings, token_folder, write_tokens
-    from pipelines.seq2seq.pretrain_trainer import ROUGE, HeldOut, PretrainTrainer
-    from pipelines.seq2seq.training import (
-        checkpoint_marker,
-        last_checkpoint,
-        optimizer_choice,
-        save_history,
-        training_arguments,
-    )
-    from pipelines.stage import identity
+    from pipelines.seq2seq.pretrain_trainer import PretrainTrainer
+    from pipelines.seq2seq.training import checkpoint_marker, last_checkpoint, optimizer_choice, save_history
 
     state = PartialState()
     model, tokenizer = load_or_new(config)
+    _check_tokenizer(config, tokenizer)
     precision = choose_precision(config.precision)
     if state.device.type == "cpu" and precision == "bf16":
         # The fused kernel for the CPU has no gradient for T5's bias, and what it falls back to is slower than this.
         model.set_attn_implementation("eager")
-    sentinels = sentinel_ids(tokenizer)
-    row_length = _check_sentinels(config, tokenizer, sentinels)
-    _check_prefixes(config, tokenizer)
-    names = [name for name in OBJECTIVES if config.weights()[name]]
-    settings = TokenSettings(
-        config.max_source_length,
-        config.max_target_length,
-        config.prefix,
-        config.copy_prefix,
-        config.gap_prefix,
-        config.gap_choice,
-    )
-    content = [str(getattr(config, name)) for name in fields_of(TextFields) if name not in ("text", "pairs")]
-    content += [identity(value) for value in (config.text, config.pairs) if value is not None]
-    content += [*config.environment().values(), *names]
-    folder = token_folder(settings, tokenizer, content)
-    data = open_text(config, folder.with_name(f"{folder.name}-text"))
-    if data.pairs is None and config.supervised_weight:
-        mend = "give pairs=FILE-or-folder, or supervised_weight=0"
-        raise UserError("supervised_weight", config.supervised_weight, "there are no documents with summaries", mend)
-    if data.pairs is None and config.keep == "best" and config.best == "rouge":
-        mend = "give pairs=FILE-or-folder, or best=loss"
-        raise UserError("best", config.best, "there are no documents with summaries to measure ROUGE on", mend)
-    sentinel = sentinels[0] if sentinels else -1
-    write_tokens(folder, data.text, data.pairs, tokenizer, settings, names, sentinel, state.is_main_process)
-    objectives = _objectives(config, tokenizer, folder, "train", names, sentinels, row_length)
-    size = config.batch_size * state.num_processes
-    for name, objective in objectives.items():
-        if not objective.batches_a_pass(size):
-            problem = f"its training text gives less than one batch of {name} (devices × batch_size = {size})"
-            raise UserError("text", config.text, problem, "give more text, or a smaller batch_size")
-    steps = _steps(config, objectives, size)
-    mixture = Mixture(
-        objectives,
-        config.weights(),
-        steps,
-        config.gradient_accumulation,
-        size,
-        config.seed,
-        tokenizer.pad_token_id,
-        model.config.decoder_start_token_id,
-        config.copy_steps,
-    )
-    chosen = []
-    if data.pairs is not None:
-        validation = data.pairs["validation"]
-        chosen = validation.select(sample(len(validation), config.rouge_examples, 0, "validation")).to_list()
-    held_out = HeldOut.of(
-        _objectives(config, tokenizer, folder, "validation", names, sentinels, row_length),
-        {name: config.weights()[name] for name in names},
-        tokenizer,
-        size=config.eval_batch_size,
-        limit=config.eval_examples,
-        seed=config.seed,
-        documents=[row["document"] for row in chosen],
-        references=[row.get("references") or [row["summary"]] for row in chosen],
-    )
-    eval_steps = config.eval_steps or (config.save_steps if config.keep == "best" else None)
-    metric = "eval_rouge1" if config.best == "rouge" else "eval_loss"
-    arguments = training_arguments(
-        config,
-        Seq2SeqTrainingArguments,
-        max_steps=steps,
-        num_train_epochs=1,
-        # The mixture itself is the order.
-        train_sampling_strategy="sequential",
-        eval_strategy="no" if eval_steps is None else "steps",
-        eval_steps=eval_steps,
-        load_best_model_at_end=config.keep == "best",
-        metric_for_best_model=metric,
-        greater_is_better=metric != "eval_loss",
-        remove_unused_columns=False,
-    )
+    folder, pairs = _tokens(config, tokenizer, state.is_main_process)
+    objectives = _objectives(config, tokenizer, folder, "train")
+    pad, start = tokenizer.pad_token_id, model.config.decoder_start_token_id
+    mixture = _mixture(config, objectives, state.num_processes, pad, start)
     trainer = PretrainTrainer(
         model=model,
-        args=arguments,
+        args=_arguments(config, mixture.steps),
         train_dataset=mixture,
         eval_dataset=mixture,
         data_collator=_as_it_is,
@@ -302,7 +293,7 @@ def pretrain(config: PretrainConfig) -> dict[str, float]:
         callbacks=[checkpoint_marker()],
     )
     trainer.optimizer_cls_and_kwargs = optimizer_choice(config)
-    trainer.schedule, trainer.held_out = mixture, held_out
+    trainer.schedule, trainer.held_out = mixture, _held_out(config, tokenizer, folder, pairs)
     trainer.settings = GenerationConfig(
         max_source_length=config.max_source_length,
         max_target_length=config.max_target_length,
@@ -319,20 +310,15 @@ def pretrain(config: PretrainConfig) -> dict[str, float]:
     _round(trainer.accelerator.unwrap_model(trainer.model), config.save_dtype, keep=True)
     trainer.save_plain(config.output_dir, config.max_target_length)
     state.wait_for_everyone()
-    passes = mixture.passes(steps)
-    return {
-        "pretrain/eval_loss": measured["eval_loss"],
-        **{
-            f"pretrain/{name}_{what}": measured[f"eval_{name}_{what}"]
-            for name in names
-            for what in ("loss", "bits_per_byte")
-        },
-        **{f"pretrain/{name}_passes": passes[name] for name in names},
-        **{f"pretrain/{name}": measured[f"eval_{name}"] for name in ROUGE if chosen},
+    found = {f"pretrain/{name.removeprefix('eval_')}": value for name, value in measured.items()}
+    found["pretrain/eval_loss"] = found.pop("pretrain/loss")
+    found |= {f"pretrain/{name}_passes": value for name, value in mixture.passes(mixture.steps).items()}
+    if "span" in objectives:
+        found["pretrain/text_tokens"] = float(len(objectives["span"].text.stream))
+    return found | {
         "pretrain/train_loss": losses[-1] if losses else measured["eval_loss"],
-        "pretrain/steps": float(steps),
+        "pretrain/steps": float(mixture.steps),
         "pretrain/tokens": float(tokens),
-        **({"pretrain/text_tokens": float(len(objectives["span"].text.stream))} if "span" in names else {}),
         "pretrain/parameters": float(sum(p.numel() for p in model.parameters())),
     }
 

@@ -21,7 +21,6 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from pipelines.seq2seq.pretrain_spans import PackedText, corrupt
 
-OBJECTIVES = ("span", "copy", "gap", "supervised")
 IGNORED = -100
 
 # What the random numbers of a generator are for; part of its seed.

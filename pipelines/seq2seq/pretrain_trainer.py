@@ -89,14 +89,15 @@ class PretrainTrainer(SFTTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._uncounted = 0
+        self._uncounted: torch.Tensor | int = 0
         self._clock: tuple[float, int] | None = None
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """A step of ``SFTTrainer``'s, its tokens counted: of source and target, without padding."""
         if self._clock is None:
             self._clock = time.monotonic(), self.state.num_input_tokens_seen
-        self._uncounted += int(inputs["attention_mask"].sum() + (inputs["labels"] != IGNORED).sum())
+        # Not fetched from the device here: that would wait for it at each step.
+        self._uncounted = self._uncounted + inputs["attention_mask"].sum() + (inputs["labels"] != IGNORED).sum()
         return super().training_step(model, inputs, *args, **kwargs)
 
     def count_tokens(self) -> int:
