@@ -47,7 +47,9 @@ class EndpointSpec:
     max_retries: int = Field(5, ge=0, le=100, description="tries again after 408, 409, 429, 5xx, dropped, timed out")
     log_probs: bool = Field(True, description="ask for token log-probabilities; false where the server refuses that")
     send_seed: bool = Field(True, description="send a seed; false where the server refuses that")
-    extra: dict[str, Any] = Field(default_factory=dict, description="more fields of the request's body")
+    extra: dict[str, Any] = Field(
+        default_factory=dict, description="more fields of the request's body, or other values; null takes one out"
+    )
 
     def problems(self) -> list[Problem]:
         found = []
@@ -115,8 +117,6 @@ class EndpointBackend:
             mend = "pip install 'genalign[prompting]'"
             raise UserError(f"endpoints.{name}", spec.url, "the package openai is missing", mend) from None
         self.spec, self.name, self.cache = spec, name, cache
-        self.asked = 0
-        """Requests sent by this object, retries not counted."""
 
     # --- what is asked ------------------------------------------------------------------------------------------------
 
@@ -136,9 +136,10 @@ class EndpointBackend:
             body["prompt"] = prompt
             if log_probs is not None:
                 body["logprobs"] = log_probs
-        return self._whole(body | self.spec.extra, sample)
+        return self._whole(body, sample)
 
     def _whole(self, body: dict[str, Any], sample: int = 0) -> dict[str, Any]:
+        body = {field: value for field, value in (body | self.spec.extra).items() if value is not None}
         return {"url": self.spec.url, "api": self.spec.api, "body": body, "sample": sample}
 
     def generate(
@@ -207,10 +208,13 @@ class EndpointBackend:
         # One token more is asked for than is looked at: many servers refuse to write none.
         fixed = {"model": self.spec.model, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 0}
         requests = [
-            self._whole(fixed | {"prompt": prompt + choice} | self.spec.extra)
+            self._whole(fixed | {"prompt": prompt + choice})
             for prompt, some in zip(prompts, choices, strict=True)
             for choice in some
         ]
+        for prompt, some in zip(prompts[:1], choices[:1], strict=True):
+            # Whoever gives no log-probabilities is noticed by one prompt, not after all of them.
+            self._scores(prompt, some, self._ask(requests[: len(some)], None))
         answers = iter(self._ask(requests, progress))
         return [
             self._scores(prompt, some, [next(answers) for _ in some])
@@ -311,7 +315,6 @@ class EndpointBackend:
     async def _ask_one(self, client: openai.AsyncOpenAI, request: dict[str, Any]) -> dict[str, Any] | str:
         import openai
 
-        self.asked += 1
         path = "/chat/completions" if self.spec.api == "chat" else "/completions"
         try:
             raw = await client.post(path, cast_to=object, body=request["body"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -32,7 +32,7 @@ class StrategyFields(TaskFields):
         description="names of shipped strategies, or name -> fields of a strategy (like: NAME takes a shipped one's); "
         "empty: all that are shipped for the task",
     )
-    shots: list[int] | None = Field(
+    shots: list[Annotated[int, Field(ge=0)]] | None = Field(
         None, description="numbers of solved examples that each strategy with shots is tried with; null: its own"
     )
     shots_drawn: Literal["each", "once"] = Field(
@@ -44,9 +44,6 @@ class StrategyFields(TaskFields):
 
     def problems(self) -> list[Problem]:
         found = super().problems()
-        for number in self.shots or []:
-            if not 0 <= number <= 1000:
-                found.append(Problem("shots", number, "not a number of examples", "give 0 or more"))
         if self.shots is not None and (not self.shots or len(set(self.shots)) < len(self.shots)):
             found.append(Problem("shots", self.shots, "is empty or names a number twice", "give different numbers"))
         return found + name_problems("strategies", list(self.strategies)) + problems_of(self.loaded_strategies)
@@ -62,12 +59,15 @@ class StrategyFields(TaskFields):
             tables = dict.fromkeys(tables or shipped(self.task))
         found: dict[str, Strategy] = {}
         for name, strategy in load_strategies(tables, self.task).items():
-            if self.shots is None or not strategy.shots:
-                found[name] = strategy
-            else:
+            mine = {name: strategy}
+            if self.shots is not None and strategy.shots:
                 # Without any there is nothing to label wrongly.
                 numbers = [k for k in self.shots if k or not strategy.wrong_labels]
-                found |= {f"{name}_{k}": replace(strategy, shots=k) for k in numbers}
+                mine = {f"{name}_{k}": replace(strategy, shots=k) for k in numbers}
+            twice = next((new for new in mine if new in found), None)
+            if twice is not None:
+                raise UserError(f"strategies.{name}", twice, "is the name of another one with shots=", "rename it")
+            found |= mine
         return found
 
 
@@ -79,7 +79,7 @@ class HardConfig(AskFields, StrategyFields, StageConfig):
     scoring: list[Scoring] | None = Field(
         None,
         description="generate: write an answer and read it; likelihood: take the likeliest of the choices. null: both "
-        "for multiple choice, generate for all else",
+        "for multiple choice (generate alone where an endpoint is asked by chat), generate for all else",
     )
     normalization: Literal["sum", "token", "character"] = Field(
         "sum", description="likelihood: log-probability of a choice, or that by its tokens or characters"
@@ -100,6 +100,11 @@ class HardConfig(AskFields, StrategyFields, StageConfig):
                 if table.get("api") == "chat":
                     mend = "give api: completions, or scoring=[generate]"
                     found.append(Problem(f"endpoints.{name}.api", "chat", "cannot score a text given to it", mend))
+        for name in self.strategies:
+            if name.endswith(LIKELIHOOD) or name in self.names:
+                why = f"ends in {LIKELIHOOD}, which says how choices were scored"
+                why = "is the name of a model too" if name in self.names else why
+                found.append(Problem(f"strategies.{name}", name, why, "give it another name"))
         return found
 
     @property
@@ -107,7 +112,8 @@ class HardConfig(AskFields, StrategyFields, StageConfig):
         """How answers are scored."""
         if self.scoring is not None:
             return list(self.scoring)
-        return ["generate", "likelihood"] if self.task == "multiple_choice" else ["generate"]
+        chats = any(table.get("api") == "chat" for table in self.endpoints.values())
+        return ["generate", "likelihood"] if self.task == "multiple_choice" and not chats else ["generate"]
 
 
 @dataclass(frozen=True)

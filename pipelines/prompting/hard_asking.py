@@ -160,8 +160,11 @@ def _restored(value: dict[str, Any]) -> Generation | ChoiceScore:
 
 def _ask_endpoint(fields: AskFields, output_dir: str, name: str, jobs: Sequence[Job]) -> list[list[Answers]]:
     def work() -> list[list[Answers]]:
-        backend = open_backend(fields, name)
-        return [_ask(backend, job, range(len(job.texts)), f"{name} {job.name}") for job in jobs]
+        backend, found = open_backend(fields, name), {}
+        # What not every endpoint can do comes first: nobody pays for answers that lead to nothing.
+        for job in sorted(jobs, key=lambda job: job.choices is None):
+            found[job.name] = _ask(backend, job, range(len(job.texts)), f"{name} {job.name}")
+        return [found[job.name] for job in jobs]
 
     return on_main(work)
 

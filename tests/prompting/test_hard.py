@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from pipelines.config import validate
+from pipelines.errors import UserError
 from pipelines.prompting.backends_local import load_local
 from pipelines.prompting.hard import HardConfig, hard
 from pipelines.prompting.tasks_words import plural
@@ -309,6 +310,27 @@ def test_missing_answers_are_counted_and_left_out_where_that_is_allowed(nouns_fi
     (lost,) = [line for line in lines_of(tmp_path / "hard") if line["kind"] == "failed"]
     assert lost["input"] == "box"
     assert lost["failure"].startswith("HTTP 500")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"models": {"few_shot": "gpt2"}, "strategies": ["few_shot"]}, "few_shot=few_shot: is the name of a model too"),
+        ({"strategies": {"x_likelihood": {"like": "few_shot"}}}, "x_likelihood: ends in _likelihood"),
+        (
+            {"strategies": {"few_shot": None, "few_shot_2": {"like": "few_shot", "shots": 0}}, "shots": [2]},
+            "few_shot_2: is the name of another one",
+        ),
+        ({"strategies": ["Few"]}, "strategies.Few=Few: cannot be part of a metric's name"),
+        ({"shots": []}, r"shots=\[\]: is empty"),
+        ({"shots": [-1]}, "shots=-1: input should be greater than or equal to 0"),
+        ({"scoring": []}, r"scoring=\[\]: is empty"),
+        ({"strategies": "few"}, "strategies=few"),
+    ],
+)
+def test_names_that_would_hide_one_another_and_the_like_are_refused(values, message):
+    with pytest.raises(UserError, match=message):
+        validate(HardConfig, {"models": {"small": "gpt2"}} | values)
 
 
 # --- wrong input ------------------------------------------------------------------------------------------------------
