@@ -9,6 +9,7 @@ or as the hub has it, ``question`` being the stem and ``choices`` ``{"label": [â
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -101,7 +102,9 @@ class TaskFields(CorpusFields):
         """The version of the package that decides what is right, where one does."""
         found = super().environment()
         if self.task == "words" and self.target_column is None:
-            found["inflect"] = importlib.metadata.version("inflect")
+            # Where it is missing, loading the task says so.
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                found["inflect"] = importlib.metadata.version("inflect")
         return found
 
 
