@@ -14,9 +14,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 STAGES := corpus tokenizer sft preferences reward ppo dpo evaluate
 METHODS := listwise grpo rloo best_of_n
-CHAINS := scitldr xsum_t5_small cnn_flan_t5_base
+CHAINS := scitldr xsum_t5_small cnn_flan_t5_base mnist
 
-.PHONY: help install demo methods pretraining-text test test-slow lint format bench report results clean $(STAGES) $(METHODS) $(CHAINS)
+.PHONY: help install demo methods images pretraining-text test test-slow lint format bench report results clean $(STAGES) $(METHODS) $(CHAINS)
 .DEFAULT_GOAL := help
 
 help: ## show this
@@ -49,6 +49,9 @@ methods: demo ## listwise DPO, GRPO, RLOO and best-of-n beside the demo's PPO an
 
 $(METHODS): demo
 	@$(BIN)/genalign run methods --until $@ $(ARGS)
+
+images: $(STAMP) ## DDPM, bit-flip diffusion, VAE and GAN on the embedded digits, measured and drawn
+	@$(BIN)/genalign run images $(ARGS)
 
 $(CHAINS): $(STAMP)
 	@$(BIN)/genalign run $@ $(ARGS)

@@ -73,11 +73,11 @@ CASES = {
 class Side:
     """A process that does one side's work a turn at a time."""
 
-    def __init__(self, name: str, python: str, job: dict[str, Any], log: Path):
-        script = HERE / "peers" / ("trl_0_11.py" if name == "peer" else "this_project.py")
+    def __init__(self, name: str, python: str, job: dict[str, Any], log: Path, script: Path | None = None):
+        script = script or HERE / "peers" / ("trl_0_11.py" if name == "peer" else "this_project.py")
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         environment["OMP_NUM_THREADS"] = str(job["threads"])
-        if name == "project":
+        if python == sys.executable:
             environment["PYTHONPATH"] = str(HERE.parent)
         self.name, self.log, self.turns, self.last = name, log, [], {}
         self.process = subprocess.Popen(
