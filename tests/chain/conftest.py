@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ import pytest
 
 HERE = Path(__file__).parent
 CHAIN = HERE / "tiny.yaml"
+METHODS = HERE / "methods.yaml"
+METHOD_STAGES = ("listwise", "grpo", "rloo", "best_of_n")
 _WORDS = "amber birch cedar delta ember fjord grove heath inlet juniper kelp larch maple north oak pine".split()  # noqa: SIM905 - easier to read
 
 
@@ -33,8 +36,8 @@ def write_corpus(folder: Path, examples: int = 96) -> Path:
 
 
 def digests(run_dir: Path) -> dict[str, str]:
-    """The content of everything a run is judged by: metrics, weights, logs, predictions."""
-    kinds = ("metrics.json", "*/*.safetensors", "*/log_history.json", "*/predictions.jsonl", "*/calibration.json")
+    """The content of everything a run is judged by: metrics, weights, logs, samples and predictions."""
+    kinds = ("metrics.json", "*/*.safetensors", "*/log_history.json", "*/*.jsonl", "*/calibration.json")
     files = sorted(file for kind in kinds for file in run_dir.glob(kind))
     return {str(f.relative_to(run_dir)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
@@ -46,9 +49,9 @@ class ForkServer:
     process: subprocess.Popen
     logs: Path
 
-    def start(self, argv: list[str], kill: tuple[str, int] | None = None, kill_at_step: int | None = None) -> int:
+    def start(self, argv: list[str], **request) -> int:
         """Start a command line; returns the child's process id."""
-        request = {"argv": argv, "log": str(self.logs / "child.log"), "kill": kill, "kill_at_step": kill_at_step}
+        request |= {"argv": argv, "log": str(self.logs / "child.log")}
         (self.logs / "child.log").unlink(missing_ok=True)
         print(json.dumps(request), file=self.process.stdin, flush=True)
         return self._answer()["pid"]
@@ -57,13 +60,19 @@ class ForkServer:
         """The exit code of the child, negative where a signal killed it."""
         return self._answer()["code"]
 
-    def run(self, *argv: str, kill: tuple[str, int] | None = None, kill_at_step: int | None = None) -> tuple[int, str]:
-        """Run a command line to its end; returns its exit code and all it printed."""
-        self.start(list(argv), kill, kill_at_step)
+    def run(
+        self,
+        *argv: str,
+        kill: tuple[str, int] | None = None,
+        kill_at_step: int | None = None,
+        cwd: Path | None = None,
+    ) -> tuple[int, str]:
+        """Run a command line to its end in the folder ``cwd``; returns its exit code and all it printed."""
+        self.start(list(argv), kill=kill, kill_at_step=kill_at_step, cwd=cwd and str(cwd))
         code = self.wait()
         return code, (self.logs / "child.log").read_text(encoding="utf-8", errors="replace")
 
-    def answer(self, *argv: str, cwd: Path | None = None) -> tuple[int, str, str]:
+    def answer(self, *argv: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> tuple[int, str, str]:
         """Run a command line to its end in the folder ``cwd``; returns exit code, standard output, standard error.
 
         With ``--recipe family/stage`` in front, it is the command line of that recipe's script; with ``--launch``, what
@@ -73,6 +82,7 @@ class ForkServer:
         for file in files:
             file.unlink(missing_ok=True)
         request = {"argv": list(argv), "log": str(files[0]), "errors": str(files[1]), "cwd": cwd and str(cwd)}
+        request["env"] = env
         print(json.dumps(request), file=self.process.stdin, flush=True)
         self._answer()
         code = self.wait()
@@ -120,6 +130,42 @@ def uninterrupted(genalign, data, tmp_path_factory) -> Path:
     code, printed = genalign.run("run", str(CHAIN), f"dataset={data}", "--output_dir", str(run_dir))
     assert code == 0, printed
     return run_dir
+
+
+@pytest.fixture(scope="session")
+def methods(genalign, uninterrupted, tmp_path_factory) -> Path:
+    """The folder of a whole run of the other methods; ``runs/tiny``, which they begin with, lies beside it."""
+    home = tmp_path_factory.mktemp("methods")
+    shutil.copytree(uninterrupted, home / "runs" / "tiny")
+    code, printed = genalign.run("run", str(METHODS), "--output_dir", "runs/methods", cwd=home)
+    assert code == 0, printed
+    return home / "runs" / "methods"
+
+
+@dataclass
+class Whole:
+    """A whole run that nothing disturbed: its chain, what was said beside it, its folder, and where it was started."""
+
+    chain: Path
+    words: list[str]
+    folder: Path
+    home: Path
+
+    def without(self, stage: str, copy: Path) -> Path:
+        """A copy of the run in which a stage is yet to be done."""
+        shutil.copytree(self.folder, copy)
+        shutil.rmtree(copy / stage)
+        return copy
+
+
+@pytest.fixture
+def whole(stage, request) -> Whole:
+    """The run of the chain that has the stage that a test is about."""
+    if stage in METHOD_STAGES:
+        folder = request.getfixturevalue("methods")
+        return Whole(METHODS, [], folder, folder.parents[1])
+    folder = request.getfixturevalue("uninterrupted")
+    return Whole(CHAIN, [f"dataset={request.getfixturevalue('data')}"], folder, folder.parent)
 
 
 def pytest_collection_modifyitems(items):

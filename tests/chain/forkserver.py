@@ -3,8 +3,9 @@
 Speaks one JSON line a request on standard input, ``{"argv": [...], "log": path, "kill": [pattern, n]}``, and answers
 with one JSON line, ``{"pid": n}`` when the child is started and ``{"code": n}`` when it has ended (negative: the signal
 that killed it). A child is a process of its own and dies by a real SIGKILL; only the 8 seconds of imports are shared.
-Where ``argv`` begins with ``--recipe family/stage``, that recipe's script is run, as ``accelerate launch`` would run it
-in a single process. ``errors`` names a file of its own for standard error, ``cwd`` the working folder.
+Where ``argv`` begins with ``--recipe family/stage``, that recipe's script is run by itself; where it begins with
+``--launch``, ``accelerate launch`` is run with the words after it. ``errors`` names a file of its own for standard
+error, ``cwd`` the working folder, ``env`` further variables.
 With ``kill``, the interpreter's audit hook ends the child by SIGKILL at the n-th time it opens a file for writing whose
 path matches the pattern: a kill in the middle of that very write, at the same place every time. With ``kill_at_step``
 it ends when it has begun so many training steps: where that leaves files and processes is left to chance.
@@ -20,16 +21,17 @@ import traceback
 
 
 def main() -> None:
-    import accelerate
+    import accelerate.commands.launch
     import datasets
     import peft
+    import torch.distributed.run
     import transformers
     import trl
     from transformers import AutoModelForSeq2SeqLM, Seq2SeqTrainer, T5ForConditionalGeneration
-    from trl import DPOTrainer
+    from trl import DPOTrainer, GRPOTrainer, RLOOTrainer
 
-    heavy = (accelerate, datasets, peft, transformers, trl, AutoModelForSeq2SeqLM, Seq2SeqTrainer)
-    heavy += (T5ForConditionalGeneration, DPOTrainer)
+    heavy = (accelerate, datasets, peft, torch, transformers, trl, AutoModelForSeq2SeqLM, Seq2SeqTrainer)
+    heavy += (T5ForConditionalGeneration, DPOTrainer, GRPOTrainer, RLOOTrainer)
     serve()
 
 
@@ -80,13 +82,48 @@ def kill_at_step(count: int) -> None:
     Trainer.training_step = training_step
 
 
+class Here:
+    """In place of ``subprocess.Popen``: runs a Python script in this process, which has its imports done."""
+
+    def __init__(self, command: list[str], env: dict[str, str]):
+        os.environ.clear()
+        os.environ.update(env)
+        self.returncode = 0
+        try:
+            script(command[1:])
+        except SystemExit as ended:
+            self.returncode = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+
+    def wait(self) -> None:
+        """It has ended already."""
+
+
+def script(words: list[str]) -> None:
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
+def launch(words: list[str]) -> None:
+    """``accelerate launch WORDS``: its own code from the command line to the environments and numbers of the processes.
+
+    Only the interpreters are not started anew: one process is this one, several are forked by torch's own launcher.
+    """
+    from accelerate.commands import launch as accelerate
+
+    accelerate.subprocess.Popen = Here
+    arguments = accelerate.launch_command_parser().parse_args(words)
+    arguments.run_path, arguments.start_method = True, "fork"  # of torch.distributed.run, where there are several
+    accelerate.launch_command(arguments)
+
+
 def start(argv: list[str]) -> None:
-    """Run a command line as its console script or its recipe's script would."""
-    if argv[:1] == ["--recipe"]:
+    """Run a command line as its console script, its recipe's script or ``accelerate launch`` would."""
+    if argv[:1] == ["--launch"]:
+        launch(argv[1:])
+    elif argv[:1] == ["--recipe"]:
         from pipelines.runner import shared_folder
 
-        sys.argv = [str(shared_folder("recipes") / f"{argv[1]}.py"), *argv[2:]]
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        script([str(shared_folder("recipes") / f"{argv[1]}.py"), *argv[2:]])
     else:
         from pipelines.cli import main as genalign
 
@@ -101,6 +138,7 @@ def run(request: dict) -> None:
     errors = request.get("errors")
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if errors else log, 2)
     os.chdir(request.get("cwd") or ".")
+    os.environ.update(request.get("env") or {})
     code = 1
     try:
         if request.get("kill"):
@@ -108,6 +146,7 @@ def run(request: dict) -> None:
         if request.get("kill_at_step"):
             kill_at_step(request["kill_at_step"])
         start(request["argv"])
+        code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except BaseException:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,96 +9,118 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from tests.chain.conftest import CHAIN, digests
+from tests.chain.conftest import METHOD_STAGES, digests
 
-STAGES = ["corpus", "tokenizer", "sft", "preferences", "reward", "ppo", "dpo", "evaluate"]
+STAGES = ["corpus", "tokenizer", "sft", "preferences", "reward", "ppo", "dpo", "evaluate", *METHOD_STAGES]
 # Five steps of each, without dropout (the generators of two processes are not those of one), the rate constant.
 _STEPS = ["max_steps=5", "save_steps=5", "logging_steps=1", "lr_scheduler=constant", "warmup_ratio=0.0"]
+# Three rollouts of two steps.
+_ROLLOUTS = ["rollouts=3", "save_steps=2", "logging_steps=1"]
 TRAINED = {
     "sft": [*_STEPS, "copy_steps=2", "max_steps=3", "dropout=0.0"],
-    "reward": [*_STEPS, "dropout=false"],
-    "dpo": _STEPS,
-    # three rollouts of two steps: six, the coefficient moving from one rollout to the next
-    "ppo": ["rollouts=3", "ppo_epochs=1", "kl_horizon=100", "save_steps=2", "logging_steps=1"],
+    "reward": [*_STEPS, "dropout=false", "eval_batch_size=3"],
+    "dpo": [*_STEPS, "eval_batch_size=3"],
+    "listwise": [*_STEPS, "eval_batch_size=3"],
+    # the coefficient moves from one rollout to the next
+    "ppo": [*_ROLLOUTS, "ppo_epochs=1", "kl_horizon=100"],
+    "grpo": [*_ROLLOUTS, "group_epochs=1"],
+    "rloo": [*_ROLLOUTS, "group_epochs=1"],
 }
+BY_ROLLOUTS = ("ppo", "grpo", "rloo")
+# At the reference rewards differ by rounding alone; means over the tokens of a batch depend on what is in it.
+_UNEQUAL = (
+    "rewards/accuracies",
+    "eval_entropy",
+    "eval_mean_token_accuracy",
+    "eval_logits/chosen",
+    "eval_logits/rejected",
+)
 
 
-def launch(
-    root: Path, launcher: str, stage: str, *words: str, ranks: Path | None = None
-) -> subprocess.CompletedProcess:
-    """Run a recipe script by ``accelerate launch`` with a shipped launcher file; each process signs in ``ranks``."""
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(root / "accelerate_configs" / f"{launcher}.yaml")]
-    command += [] if ranks is None else [str(Path(__file__).with_name("joined.py")), str(ranks)]
-    command += [str(root / "recipes" / "summarization" / f"{stage}.py"), *words]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=root)
+def script(root: Path, stage: str) -> str:
+    """The recipe's script."""
+    return str(root / "recipes" / "summarization" / f"{stage}.py")
 
 
-def without(stage: str, run: Path, copy: Path) -> Path:
-    """A copy of a run in which a stage is yet to be done."""
-    shutil.copytree(run, copy)
-    shutil.rmtree(copy / stage)
-    return copy
+@pytest.fixture
+def launch(root, genalign):
+    """Runs a script by ``accelerate launch`` with a shipped launcher file: exit code, what it printed, its errors.
+
+    In new interpreters where ``real``, else in forks of one that has the imports done (see ``forkserver.launch``).
+    """
+
+    def run(launcher: str, *words: str, cwd: Path, real: bool) -> tuple[int, str, str]:
+        words = ("--config_file", str(root / "accelerate_configs" / f"{launcher}.yaml"), *words)
+        variables = {"ACCELERATE_USE_CPU": "true"}
+        if not real:
+            return genalign.answer("--launch", *words, cwd=cwd, env=variables)
+        command = [sys.executable, "-m", "accelerate.commands.launch", *words]
+        environment = os.environ | variables
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, cwd=cwd)
+        return done.returncode, done.stdout, done.stderr
+
+    return run
 
 
-@pytest.mark.parametrize("launched", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["script", "accelerate"])
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["forked", "accelerate"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_recipe_by_itself_gives_what_the_chain_gave(root, genalign, data, uninterrupted, tmp_path, stage, launched):
-    """The recipe's script, run as it is and by ``accelerate launch``."""
-    run_dir = without(stage, uninterrupted, tmp_path / "run")
-    words = ["--config", str(CHAIN), f"output_dir={run_dir}", *([f"dataset={data}"] if stage == "corpus" else [])]
-    if launched:
-        done = launch(root, "cpu", stage, *words)
-        code, printed, errors = done.returncode, done.stdout, done.stderr
-    else:
-        code, printed, errors = genalign.answer("--recipe", f"summarization/{stage}", *words, cwd=root)
+def test_a_recipe_by_itself_gives_what_the_chain_gave(root, launch, whole, tmp_path, stage, real):
+    run_dir = whole.without(stage, tmp_path / "run")
+    words = ["--config", str(whole.chain), f"output_dir={run_dir}", *(whole.words if stage == "corpus" else [])]
+    code, printed, errors = launch("cpu", script(root, stage), *words, cwd=whole.home, real=real)
     assert code == 0, errors[-3000:]
     assert f"finished: {run_dir / stage}" in printed
-    assert digests(run_dir) == digests(uninterrupted)
+    assert digests(run_dir) == digests(whole.folder)
 
 
-@pytest.mark.parametrize("stage", [pytest.param(s, marks=pytest.mark.slow) if s != "ppo" else s for s in TRAINED])
-def test_two_processes_do_what_one_does(root, genalign, uninterrupted, tmp_path, stage):
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["forked", "accelerate"])
+@pytest.mark.parametrize("stage", TRAINED)
+def test_two_processes_do_what_one_does(root, genalign, launch, whole, tmp_path, stage, real):
     """The same global batch in halves: the same weights to rounding, the same logs."""
-    folders = {name: without(stage, uninterrupted, tmp_path / name) / stage for name in ("one", "two")}
-    words = ["--config", str(CHAIN), *TRAINED[stage]]
+    folders = {name: whole.without(stage, tmp_path / name) / stage for name in ("one", "two")}
+    words = ["--config", str(whole.chain), *TRAINED[stage]]
     code, printed, errors = genalign.answer(
-        "--recipe", f"summarization/{stage}", *words, f"output_dir={tmp_path / 'one'}", cwd=root
+        "--recipe", f"summarization/{stage}", *words, f"output_dir={tmp_path / 'one'}", cwd=whole.home
     )
     assert code == 0, printed + errors
-    words += [] if stage == "ppo" else ["batch_size=4"]  # PPO's sizes are those of all processes together
+    words += [] if stage in BY_ROLLOUTS else ["batch_size=4"]  # sizes of rollouts are those of all processes together
     ranks = tmp_path / "ranks"
     ranks.mkdir()
-    done = launch(root, "cpu_ddp", stage, *words, f"output_dir={tmp_path / 'two'}", ranks=ranks)
-    assert done.returncode == 0, done.stderr[-3000:]
+    joined = [str(Path(__file__).with_name("joined.py")), str(ranks), script(root, stage)]
+    code, printed, errors = launch(
+        "cpu_ddp", *joined, *words, f"output_dir={tmp_path / 'two'}", cwd=whole.home, real=real
+    )
+    assert code == 0, errors[-3000:]
     assert sorted(path.name for path in ranks.iterdir()) == ["0-of-2", "1-of-2"]
-    assert done.stdout.count(f"finished: {folders['two']}") == 1
-    before = load_file(uninterrupted / "sft" / "model.safetensors")
+    assert printed.count(f"finished: {folders['two']}") == 1
+    first = whole.home / "runs" / "tiny" / "sft" if stage in METHOD_STAGES else whole.folder / "sft"
+    before = load_file(first / "model.safetensors")
     one, two = (load_file(folder / "model.safetensors") for folder in folders.values())
     assert one.keys() == two.keys()
     worst = max(float(abs(one[name] - two[name]).max()) for name in one)
     assert worst <= 1e-5, f"weights differ by {worst}"
-    shared = before.keys() & one.keys()
-    if stage in ("dpo", "ppo"):
-        assert max(float(abs(one[name] - before[name]).max()) for name in shared) > 1e-3  # it has learned something
+    if stage not in ("sft", "reward"):
+        assert max(float(abs(one[name] - before[name]).max()) for name in one) > 1e-3  # it has learned something
     histories = [json.loads((folder / "log_history.json").read_text()) for folder in folders.values()]
     assert len(histories[0]) == len(histories[1]) > 2
     for first, second in zip(*histories, strict=True):
         for entry in (first, second):
-            entry.pop("rewards/accuracies", None)  # at the reference both rewards are 0 but for rounding
+            for name in _UNEQUAL:
+                entry.pop(name, None)
         assert first == pytest.approx(second, rel=1e-4, abs=1e-4)
+    assert any("eval_loss" in entry for entry in histories[0]) == (stage not in BY_ROLLOUTS)
     assert (folders["one"] / "samples.jsonl").exists() == (stage == "ppo")
     if stage == "ppo":
         samples = [(folder / "samples.jsonl").read_text().splitlines() for folder in folders.values()]
         for first, second in zip(*(map(json.loads, lines) for lines in samples), strict=True):
-            assert first.pop("reward") == pytest.approx(second.pop("reward"), abs=1e-4)
+            for name in ("reward", "kl"):
+                assert first.pop(name) == pytest.approx(second.pop(name), abs=1e-4)
             assert first == second
 
 
-def test_two_processes_show_a_mistake_once_and_end(root, uninterrupted, tmp_path):
-    words = ["--config", str(CHAIN), f"output_dir={tmp_path / 'none'}"]
-    done = launch(root, "cpu_ddp", "sft", *words)
-    assert done.returncode != 0
-    assert done.stderr.count("error: corpus=") == 1
+def test_two_processes_show_a_mistake_once_and_end(root, launch, tmp_path):
+    words = ["--config", str(root / "recipes" / "summarization" / "demo.yaml"), f"output_dir={tmp_path / 'none'}"]
+    code, _, errors = launch("cpu_ddp", script(root, "sft"), *words, cwd=tmp_path, real=True)
+    assert code != 0
+    assert errors.count("error: corpus=") == 1
     assert not (tmp_path / "none").exists()

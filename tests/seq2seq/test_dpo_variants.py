@@ -223,7 +223,7 @@ def test_recomputed_activations_give_the_same_gradients(tiny_t5, pairs, tokenize
     assert gradients[0].keys() == gradients[1].keys()
     assert len(gradients[0]) > 10
     for name, value in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], value, rtol=1e-5, atol=1e-7, msg=name)
+        torch.testing.assert_close(gradients[1][name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_under_lora_the_reference_is_the_model_with_its_adapters_off(tiny_t5, pairs, tokenizer, tmp_path):
