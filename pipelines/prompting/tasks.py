@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -91,8 +93,15 @@ class TaskFields(CorpusFields):
         json_schema_extra={"of": ["dataset"]},
     )
 
+    max_words: int | None = Field(
+        None, ge=1, description="summarization: words of a document that are shown, the first ones; null shows all"
+    )
+
     def problems(self) -> list[Problem]:
         found = super().problems()
+        if self.max_words is not None and self.task != "summarization":
+            mend = "give task=summarization, or leave it out"
+            found.append(Problem("max_words", self.max_words, f"{self.task} has no documents to cut", mend))
         if self.task == "multiple_choice" and self.dataset == EMBEDDED:
             mend = "give a file in CommonsenseQA's format, or tau/commonsense_qa"
             found.append(Problem("dataset", self.dataset, "has no questions with choices", mend))
@@ -142,10 +151,23 @@ def _summaries(fields: TaskFields, needed: Sequence[str]) -> dict[str, list[Exam
     from pipelines.corpus import load_corpus
 
     return {
-        name: [Example(row["id"], row["document"], row["summary"], references=tuple(row["references"])) for row in part]
+        name: [
+            Example(
+                row["id"], _first_words(row["document"], fields.max_words), row["summary"], (), tuple(row["references"])
+            )
+            for row in part
+        ]
         for name, part in load_corpus(fields).items()
         if name in needed
     }
+
+
+def _first_words(text: str, count: int | None) -> str:
+    """The text up to the end of its ``count``-th word, as it stands."""
+    if count is None:
+        return text
+    ends = itertools.islice(re.finditer(r"\S+", text), count - 1, count)
+    return next((text[: word.end()] for word in ends), text)
 
 
 def _nouns(fields: TaskFields, needed: Sequence[str]) -> dict[str, list[Example]]:

@@ -42,14 +42,14 @@ class Episodes(Dataset):
     """Episodes of word tasks as rows of equal length; item i is ``{input_ids, labels}``, a function of (seed, i) alone.
 
     A row holds solved examples of one task, drawn at random, one a line; the last one is cut off where the row ends.
-    Half of the words are ``often`` ones where the task has them, so that a noun does not betray the plural.
+    Half of the words of a task are those that are to come ``often``.
     The labels are the answers with the space before and the line end behind them: the words that are asked are random,
     and nothing is to be learnt about them.
 
     Args:
         tasks: name -> word -> answer; each is as likely as the others.
         tokenizer: that of ``character_tokenizer``.
-        often: the words that are half of those drawn.
+        often: task -> words that are half of those drawn, where the task has them.
         count: how many episodes.
         length: tokens of a row.
         seed: of the draws.
@@ -60,7 +60,7 @@ class Episodes(Dataset):
         tasks: Mapping[str, Mapping[str, str]],
         tokenizer: PreTrainedTokenizerBase,
         *,
-        often: Collection[str],
+        often: Mapping[str, Collection[str]],
         count: int,
         length: int,
         seed: int,
@@ -71,7 +71,7 @@ class Episodes(Dataset):
         for name, pairs in tasks.items():
             ordered = sorted(pairs.items())
             self.pairs[name] = [(w + word.rstrip(" "), f" {a}{answer}") for w, a in ordered]
-            common = [number for number, (w, _) in enumerate(ordered) if w in often]
+            common = [number for number, (w, _) in enumerate(ordered) if w in often.get(name, ())]
             self.pools[name] = np.array(common or range(len(ordered)))
         self._ids = tokenizer.get_vocab()
 

@@ -147,3 +147,20 @@ def test_what_was_done_is_not_done_again(prompting_cli, done, tiny_folder, nouns
     assert code == 0, printed[-3000:]
     assert digests(copy) == digests(done)
     assert "'loss'" not in printed
+
+
+def test_a_document_is_shown_up_to_so_many_words(tmp_path):
+    from pipelines.config import validate
+    from pipelines.errors import UserError
+    from pipelines.prompting.tasks import TaskFields, load_task
+
+    file = tmp_path / "texts.jsonl"
+    rows = [{"document": f"one  two\n three{n} four", "summary": "x"} for n in range(20)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = {"task": "summarization", "dataset": str(file)}
+    for count, text in ((1, "one"), (2, "one  two"), (4, "four"), (9, "four"), (None, "four")):
+        example = load_task(validate(TaskFields, shown | {"max_words": count})).train[0]
+        assert example.input.endswith(text)
+        assert example.input.startswith("one")
+    with pytest.raises(UserError, match="max_words=3: words has no documents to cut"):
+        validate(TaskFields, {"task": "words", "max_words": 3})

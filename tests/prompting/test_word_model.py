@@ -15,7 +15,7 @@ from pipelines.errors import UserError
 from pipelines.prompting.backends import Sampling
 from pipelines.prompting.backends_local import LocalBackend, load_local
 from pipelines.prompting.tasks import load_task
-from pipelines.prompting.word_model import WordModelConfig, _tasks
+from pipelines.prompting.word_model import WordModelConfig, _often, _tasks
 from pipelines.prompting.word_model_data import Episodes, answers_right, by_position, character_tokenizer
 from tests.images.conftest import check_two_processes
 
@@ -57,7 +57,7 @@ def test_characters_come_back_as_they_were():
 def test_an_episode_is_lines_of_one_task_and_its_labels_the_answers():
     tokenizer = character_tokenizer(256)
     tasks = {"copy": {"ab": "ab", "cde": "cde"}, "upper": {"ab": "AB", "f": "F"}}
-    episodes = Episodes(tasks, tokenizer, often=["ab"], count=40, length=50, seed=3)
+    episodes = Episodes(tasks, tokenizer, often={"upper": ["ab"]}, count=40, length=50, seed=3)
     seen = set()
     for index in range(len(episodes)):
         item, (name, lines) = episodes[index], episodes.lines(index)
@@ -73,14 +73,16 @@ def test_an_episode_is_lines_of_one_task_and_its_labels_the_answers():
         assert answered.startswith("".join(f" {line.split(' -> ')[1]}\n" for line in whole))
         assert "->" not in answered
     assert seen == {"copy", "upper"}
-    again = Episodes(tasks, tokenizer, often=["ab"], count=40, length=50, seed=3)
+    again = Episodes(tasks, tokenizer, often={"upper": ["ab"]}, count=40, length=50, seed=3)
     assert torch.equal(again[7]["input_ids"], episodes[7]["input_ids"])
     assert not torch.equal(again[8]["input_ids"], episodes[7]["input_ids"])
 
 
 def test_words_that_are_often_asked_are_half_of_all():
     pairs = {f"w{n}": "x" for n in range(100)}
-    episodes = Episodes({"t": pairs}, character_tokenizer(64), often=["w1", "w2"], count=200, length=60, seed=0)
+    episodes = Episodes(
+        {"t": pairs}, character_tokenizer(64), often={"t": ["w1", "w2", "w200"]}, count=200, length=60, seed=0
+    )
     asked = [line[0] for index in range(200) for line in episodes.lines(index)[1]]
     share = sum(line in ("w1 ->", "w2 ->") for line in asked) / len(asked)
     assert share == pytest.approx(0.51, abs=0.04)
@@ -104,7 +106,7 @@ def test_no_held_out_noun_and_no_plural_of_one_stands_in_any_episode(words):
     tasks, fresh, _ = _tasks(config, task)
     hidden = {word for e in (*task.validation, *task.test) for word in (e.input, e.answer)}
     assert len(hidden) > 20
-    episodes = Episodes(tasks, character_tokenizer(256), often=tasks["plural"], count=600, length=96, seed=0)
+    episodes = Episodes(tasks, character_tokenizer(256), often=_often(tasks), count=600, length=96, seed=0)
     seen = set()
     for index in range(len(episodes)):
         name, lines = episodes.lines(index)
