@@ -22,6 +22,11 @@ class ClassifierConfig(ImageTrainingConfig):
 
     output_dir: str = Field("runs/classifier", description="folder the stage writes into", json_schema_extra=INERT)
     binarize: Literal["none"] = Field("none", description="it is given grey levels; see binarized_share")
+    task: Literal["auto", "labels", "rotations"] = Field(
+        "auto",
+        description="what it learns: the data's labels; by how many quarter turns an image was turned; auto: labels "
+        "where there are any",
+    )
     binarized_share: float = Field(
         0.5, ge=0, le=1, description="share of the images drawn in black and white, so that it knows binary samples too"
     )
@@ -49,7 +54,7 @@ def classifier(config: ClassifierConfig) -> dict[str, float]:
         ``run_method`` counts.
 
     Raises:
-        UserError: images without labels; see ``run_method``.
+        UserError: task=labels and images without any; see ``run_method``.
     """
     from pipelines.images.classifier_network import ClassifierMethod, save_classifier
 

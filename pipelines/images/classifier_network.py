@@ -32,11 +32,18 @@ class ImageClassifier(ModelMixin, ConfigMixin):
         classes: how many.
         width: channels of the first convolution; the others have twice as many.
         features: values before the last layer: what images are compared by.
+        task: what the classes are: the data's ``labels``, or ``rotations`` by quarter turns.
     """
 
     @register_to_config
     def __init__(
-        self, sample_size: int = 28, channels: int = 1, classes: int = 10, width: int = 32, features: int = 64
+        self,
+        sample_size: int = 28,
+        channels: int = 1,
+        classes: int = 10,
+        width: int = 32,
+        features: int = 64,
+        task: str = "labels",
     ):
         super().__init__()
         side = -(-sample_size // 4)
@@ -65,18 +72,25 @@ class ImageClassifier(ModelMixin, ConfigMixin):
         return features, self.head(features).softmax(1)
 
 
+def quarter_turns(images: Tensor, turns: Tensor) -> Tensor:
+    """Each image (n, c, h, h) turned by its own number of quarter turns, (n,) in 0..3."""
+    every = torch.stack([images.rot90(number, (2, 3)) for number in range(4)])
+    return every[turns, torch.arange(len(images), device=images.device)]
+
+
 class ClassifierMethod:
     """The classifier as the training loop sees it: the part of ``Method`` that trains and measures, nothing to sample.
 
     Some of the images it learns from are drawn in black and white: it is to judge samples of binary and of grey models
-    alike, so it has to know both.
+    alike, so it has to know both. Without labels it learns to tell by how many quarter turns an image was turned, which
+    takes features of what the images show (Gidaris, Singh and Komodakis 2018).
 
     Args:
         config: the stage's configuration.
-        images: what it learns to tell apart.
+        images: what it learns from.
 
     Raises:
-        UserError: if they have no labels.
+        UserError: if it is to learn labels and there are none.
     """
 
     name = "classifier"
@@ -84,13 +98,28 @@ class ClassifierMethod:
     averaged = ("classifier",)
 
     def __init__(self, config: ClassifierConfig, images: ImageSet):
-        if len(images.classes) < 2:
-            mend = "give a folder with a subfolder a class, or measure without a classifier (measure.classifier=null)"
+        labelled = len(images.classes) > 1
+        if config.task == "labels" and not labelled:
+            mend = "give a folder with a subfolder a class, or task=rotations"
             raise UserError("dataset", config.dataset, "has no labels that a classifier could learn", mend)
+        self.rotations = config.task == "rotations" or not labelled
         channels, side, _ = images.shape
-        sizes = {"width": config.width, "features": config.features}
-        network = ImageClassifier(sample_size=side, channels=channels, classes=len(images.classes), **sizes)
+        network = ImageClassifier(
+            sample_size=side,
+            channels=channels,
+            classes=4 if self.rotations else len(images.classes),
+            width=config.width,
+            features=config.features,
+            task="rotations" if self.rotations else "labels",
+        )
         self.config, self.parts = config, {"classifier": network}
+
+    def _task(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Images and what they are to be told as."""
+        if not self.rotations:
+            return batch.images, batch.labels
+        turns = draws.integers(0, 4)
+        return quarter_turns(batch.images, turns), turns
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """See ``Method.optimizers``."""
@@ -98,21 +127,21 @@ class ClassifierMethod:
 
     def loss(self, phase: str, batch: Batch, draws: Draws, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy, in nats an image."""
-        binary = draws.uniform(*batch.images.shape[1:]) < batch.images
+        images, labels = self._task(batch, draws)
+        binary = draws.uniform(*images.shape[1:]) < images
         drawn = draws.uniform(1, 1, 1) < self.config.binarized_share
-        logits = self.parts["classifier"](torch.where(drawn, binary.float(), batch.images)).float()
-        accuracy = (logits.argmax(1) == batch.labels).float().mean()
-        return cross_entropy(logits, batch.labels), {"accuracy": accuracy}
+        logits = self.parts["classifier"](torch.where(drawn, binary.float(), images)).float()
+        return cross_entropy(logits, labels), {"accuracy": (logits.argmax(1) == labels).float().mean()}
 
     def evaluate(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """Whether each image is told rightly, as it is and drawn in black and white, and its cross-entropy."""
-        network, found = self.parts["classifier"], {}
-        logits = network(batch.images).float()
-        found["loss"] = cross_entropy(logits, batch.labels, reduction="none")
-        found["accuracy"] = (logits.argmax(1) == batch.labels).float()
+        network, (images, labels) = self.parts["classifier"], self._task(batch, draws)
+        logits = network(images).float()
+        found = {"loss": cross_entropy(logits, labels, reduction="none")}
+        found["accuracy"] = (logits.argmax(1) == labels).float()
         if self.config.binarized_share:
-            binary = (draws.uniform(*batch.images.shape[1:]) < batch.images).float()
-            found["binary_accuracy"] = (network(binary).argmax(1) == batch.labels).float()
+            binary = (draws.uniform(*images.shape[1:]) < images).float()
+            found["binary_accuracy"] = (network(binary).argmax(1) == labels).float()
         return found
 
 

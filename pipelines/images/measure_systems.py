@@ -143,10 +143,14 @@ class Judge:
         precision, recall = precision_and_recall(
             self.features[:count], features[:count], neighbours=self.config.neighbours
         )
-        return {
+        found: dict[str, Any] = {
             "frechet_distance": frechet_distance(features, self.features),
             "precision": precision.cpu().numpy(),
             "recall": recall.cpu().numpy(),
+        }
+        if self.classifier.config.task != "labels":
+            return found
+        return found | {
             "confidence": probabilities.max(1).values.double().cpu().numpy(),
             "class_coverage": class_coverage(probabilities),
             "class_entropy": class_entropy(probabilities),

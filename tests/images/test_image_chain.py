@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
 from pipelines.config import validate
 from pipelines.errors import UserError
+from pipelines.images.classifier_network import ImageClassifier, quarter_turns
 from pipelines.images.measure import MeasureConfig
 from tests.chain.test_whole import documented
 from tests.images.conftest import HERE, ROOT, content
@@ -154,15 +157,36 @@ def test_what_is_no_pipeline_is_refused(whole):
         measured(whole, systems={"mine": str(whole / "classifier")})
 
 
-def test_images_without_labels_have_no_classifier(stages, tmp_path):
-    folder = tmp_path / "pictures"
+def unlabelled(folder):
+    """Forty pictures of an edge, each somewhere else."""
     folder.mkdir()
     for number in range(40):
-        Image.new("L", (8, 8), number).save(folder / f"{number}.png")
-    words = [f"dataset={folder}", "batch_size=8", "max_steps=1", "report_to=none", f"output_dir={tmp_path / 'run'}"]
-    code, _, errors = stages.answer("--recipe", "images/classifier", *words)
+        picture = np.zeros((8, 8), np.uint8)
+        picture[: 1 + number % 5, : 2 + number % 6] = 200
+        Image.fromarray(picture).save(folder / f"{number}.png")
+    return folder
+
+
+def test_images_without_labels_are_told_by_their_rotation(stages, tmp_path):
+    folder = unlabelled(tmp_path / "pictures")
+    words = [f"dataset={folder}", "test_fraction=0.25", "batch_size=10", "max_steps=60", "report_to=none"]
+    words += ["precision=fp32", f"output_dir={tmp_path / 'run'}"]
+    code, _, errors = stages.answer("--recipe", "images/classifier", *words, "task=labels")
     assert code == 2, errors
     assert errors.strip().splitlines()[-1].startswith(f"error: dataset={folder}: has no labels")
+    code, _, errors = stages.answer("--recipe", "images/classifier", *words)
+    assert code == 0, errors
+    classifier = ImageClassifier.from_pretrained(tmp_path / "run")
+    assert (classifier.config.task, classifier.config.classes) == ("rotations", 4)
+    metrics = json.loads((tmp_path / "run" / "stage.json").read_text())["metrics"]
+    assert metrics["classifier/accuracy"] > 0.5  # a quarter is guessing
+
+
+def test_quarter_turns_are_each_images_own():
+    images = torch.rand(5, 2, 6, 6)
+    found = quarter_turns(images, torch.tensor([0, 1, 2, 3, 1]))
+    for image, turned, times in zip(images, found, (0, 1, 2, 3, 1), strict=True):
+        assert torch.equal(turned, torch.rot90(image, times, (1, 2)))
 
 
 LOADING = """
