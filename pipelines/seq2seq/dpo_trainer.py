@@ -33,6 +33,7 @@ from pipelines.seq2seq.collators import (
 )
 from pipelines.seq2seq.held_out import HeldOutMeans
 from pipelines.seq2seq.losses import sequence_sum
+from pipelines.seq2seq.scoring import score_in_one_pass
 from pipelines.seq2seq.shared_attention import can_share
 from pipelines.seq2seq.stacks import run_encoder, source_name, unwrap
 from pipelines.seq2seq.training import LengthConfig
@@ -123,6 +124,11 @@ class EncoderDecoderDPOTrainer(HeldOutMeans, GroupedByLength, DPOTrainer):
             callbacks=callbacks,
             peft_config=peft_config,
         )
+        outputs = ("entropy", "mean_logits", "is_top1", *(("log_sum_sq_probs",) if self.use_weighting else ()))
+        if self.accelerator.mixed_precision == "no":
+            score_in_one_pass(unwrap(self.model), outputs)
+            if self.ref_model is not None:
+                score_in_one_pass(self.accelerator.unwrap_model(self.ref_model))
         self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
         if args.sync_ref_model and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             problem = "a reference in shards cannot be moved and saved"
