@@ -20,8 +20,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from pipelines.errors import UserError
 from pipelines.seq2seq.collators import pad_rows
+from pipelines.seq2seq.lean import lean_layers
 from pipelines.seq2seq.models import REWARD_MODEL_TYPE, check_reward_model, load_seq2seq, load_tokenizer
-from pipelines.seq2seq.norm import lean_norms
 from pipelines.seq2seq.stacks import (
     Order,
     left_aligned,
@@ -120,7 +120,7 @@ class EncoderDecoderRewardModel(PreTrainedModel):
         missing = model.backbone.load_state_dict(weights, strict=False).missing_keys
         if missing:
             raise UserError(field, path, f"the backbone lacks {missing[0]}", "give a whole encoder-decoder checkpoint")
-        lean_norms(model)
+        lean_layers(model)
         return model
 
     @property
@@ -222,7 +222,7 @@ def load_reward_model(path: str, *, field: str = "reward_model") -> EncoderDecod
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         problem = f"the reward model cannot be loaded ({first})"
         raise UserError(field, path, problem, "give the folder of a reward stage") from error
-    lean_norms(model)
+    lean_layers(model)
     return model.eval()
 
 

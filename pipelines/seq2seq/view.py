@@ -30,8 +30,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqModelOutput
 
 from pipelines.errors import UserError
+from pipelines.seq2seq.lean import lean_layers
 from pipelines.seq2seq.losses import token_log_probs
-from pipelines.seq2seq.norm import lean_norms
 from pipelines.seq2seq.stacks import (
     Order,
     decoder_trunk,
@@ -166,7 +166,7 @@ def as_view(model: PreTrainedModel) -> PreTrainedModel:
     for module in {id(m): m for m in (base, inner)}.values():
         module.__class__ = _view_class(type(module))
         module.__dict__["_view_scale"] = scale
-    lean_norms(inner)
+    lean_layers(inner)
     return model
 
 
