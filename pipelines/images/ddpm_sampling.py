@@ -40,13 +40,16 @@ def with_sampler(scheduler: SchedulerMixin, sampler: Sampler) -> SchedulerMixin:
     Args:
         scheduler: of a saved pipeline.
         sampler: ``ddpm``: draws every stage (Ho et al. 2020). ``ddim``: Song et al. 2021. ``dpm_solver``: DPM-Solver++
-            of second order (Lu et al. 2022), for some ten to twenty steps.
+            of second order (Lu et al. 2022), for some ten to twenty steps, spaced evenly in the logarithm of the
+            signal-to-noise ratio: spaced evenly in t, the last of so few would smooth half of the detail away.
     """
     if sampler == "ddpm":
         return DDPMScheduler.from_config(scheduler.config)
     if sampler == "ddim":
         return DDIMScheduler.from_config(scheduler.config)
-    return DPMSolverMultistepScheduler.from_config(scheduler.config, lambda_min_clipped=_LEAST_LOG_SNR)
+    return DPMSolverMultistepScheduler.from_config(
+        scheduler.config, lambda_min_clipped=_LEAST_LOG_SNR, use_lu_lambdas=True
+    )
 
 
 @torch.no_grad()
