@@ -9,7 +9,7 @@ from tests.chain.forkserver import serve
 
 
 def main() -> None:
-    import accelerate
+    import accelerate.commands.launch
     import datasets
     import inflect
     import openai

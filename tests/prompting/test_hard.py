@@ -169,23 +169,29 @@ def test_a_killed_stage_goes_on_and_ends_the_same(prompting_cli, tiny_folder, no
     assert stamps == sorted(stamps)
 
 
-@pytest.mark.slow
-def test_two_processes_end_as_one(root, tiny_folder, nouns_file, plain_run, tmp_path):
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["forked", "accelerate"])
+def test_two_processes_end_as_one(prompting_cli, root, tiny_folder, nouns_file, plain_run, tmp_path, real):
     ranks = tmp_path / "ranks"
     ranks.mkdir()
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(root / "accelerate_configs" / "cpu_ddp.yaml")]
+    command = ["--config_file", str(root / "accelerate_configs" / "cpu_ddp.yaml")]
     command += [
         str(root / "tests" / "chain" / "joined.py"),
         str(ranks),
         str(root / "recipes" / "prompting" / "hard.py"),
     ]
     command += words(tiny_folder, nouns_file, tmp_path / "hard", "shots=[0, 2]")[2:]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=800, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    variables = {"ACCELERATE_USE_CPU": "true"}
+    if real:
+        launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+        done = subprocess.run(
+            [*launcher, *command], capture_output=True, text=True, timeout=800, env=os.environ | variables
+        )
+        code, printed, errors = done.returncode, done.stdout, done.stderr
+    else:
+        code, printed, errors = prompting_cli.answer("--launch", *command, env=variables)
+    assert code == 0, errors[-3000:]
     assert sorted(path.name for path in ranks.iterdir()) == ["0-of-2", "1-of-2"]
-    assert done.stdout.count("finished: ") == 1
+    assert printed.count("finished: ") == 1
     mine, other = content(tmp_path / "hard"), content(plain_run)
     assert mine["stage.json"] == other["stage.json"]
     assert mine["answers.jsonl"] == other["answers.jsonl"]
