@@ -13,7 +13,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 STAGES := corpus tokenizer sft preferences reward ppo dpo evaluate
-METHODS := listwise grpo rloo best_of_n
+METHODS := listwise grpo rloo best_of_n known_optimum
 CHAINS := scitldr xsum_t5_small cnn_flan_t5_base mnist
 
 .PHONY: help install demo methods images pretraining-text test test-slow lint format bench report results clean $(STAGES) $(METHODS) $(CHAINS)

@@ -92,11 +92,12 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes: curves, and what the vertical one measures (with its unit)."""
+    """One pair of axes: curves, and what the vertical one measures (with its unit); ``log`` for a logarithmic scale."""
 
     series: Sequence[Series]
     ylabel: str
     zero: bool = False
+    log: bool = False
 
 
 def svg(figure: Figure, name: str, alt: str, *, standalone: bool = False) -> str:
@@ -156,7 +157,10 @@ def lines(name: str, panels: Sequence[Panel], xlabel: str, alt: str) -> str:
             for i, series in enumerate(panel.series):
                 _draw(axis, series, SERIES[(series.colour if series.colour is not None else number + i) % len(SERIES)])
             axis.set_ylabel(panel.ylabel)
-            axis.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
+            if panel.log:
+                axis.set_yscale("log")
+            else:
+                axis.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
             axis.margins(x=0.02)
             if panel.zero:
                 axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))

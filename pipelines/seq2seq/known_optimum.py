@@ -1,300 +1,119 @@
-"""Every trainer let loose on a world whose optimum is known, and how far from it each ends (see ``enumerable``)."""
+"""The known-optimum stage: how near to π* ∝ π_ref e^{r/β} each method comes where everything can be enumerated."""
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from datasets import Dataset
-from torch import Tensor
-from transformers import PrinterCallback, TrainerCallback
-from trl import DPOConfig, GRPOConfig
+from pydantic import Field
 
-from pipelines.seq2seq.dpo_trainer import EncoderDecoderDPOTrainer
-from pipelines.seq2seq.enumerable import World, all_lists, all_pairs, divergence, make_policy, make_tokenizer
-from pipelines.seq2seq.group_trainer import EncoderDecoderGRPOTrainer
-from pipelines.seq2seq.listwise_trainer import ListwiseDPOTrainer
-from pipelines.seq2seq.losses import dpo_loss
-from pipelines.seq2seq.ppo_arguments import PPOArguments
-from pipelines.seq2seq.ppo_trainer import PPOTrainer
-from pipelines.seq2seq.rewards import RewardFunction, Rewards
-from pipelines.seq2seq.training import LengthConfig
-from pipelines.seq2seq.view import as_view
+from pipelines.config import INERT, StageConfig, config
+from pipelines.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from pipelines.seq2seq.known_optimum_training import Task
+
+Method = Literal["dpo", "listwise", "ppo", "grpo", "grpo_kl_in_loss"]
+LIMITS = {"dpo": 0.02, "listwise": 0.05, "ppo": 0.05, "grpo": 0.05}
+"""Nats that each method has to come below; GRPO as published (``grpo_kl_in_loss``) has another optimum."""
+_MOST = 400
 
 
-@dataclass
-class Problem:
-    """A world, the policy every method starts from and is held near, and the strength of that pull.
+@config
+class KnownOptimumConfig(StageConfig):
+    """Train every method in a world so small that its optimum and the distance from it are known exactly."""
 
-    Args:
-        world: sources, completions, rewards.
-        beta: β, in units of reward a nat.
-    """
-
-    world: World
-    beta: float = 1.0
-
-    def __post_init__(self) -> None:
-        self.start = make_policy(self.world)
-        self.tokenizer = make_tokenizer(self.world)
-        self.reference = self.world.log_probs(self.start)
-        self.optimum = self.world.optimum(self.reference, self.beta)
-
-    def policy(self) -> Any:
-        """A copy of the policy to start from."""
-        return copy.deepcopy(self.start)
-
-    def distance(self, model: Any) -> float:
-        """KL(π‖π*) of a model in nats, the mean over sources."""
-        return divergence(self.world.log_probs(getattr(model, "policy", model)), self.optimum)
+    output_dir: str = Field("runs/known_optimum", description="folder the stage writes into", json_schema_extra=INERT)
+    methods: list[Method] = Field(["dpo", "listwise", "ppo", "grpo", "grpo_kl_in_loss"], description="what is trained")
+    vocabulary: int = Field(4, ge=4, le=8, description="tokens: padding, the end mark and letters")
+    length: int = Field(2, ge=1, le=4, description="tokens of a completion at most, its end mark included")
+    sources: int = Field(2, ge=1, le=8, description="prompts, each with rewards of its own")
+    spread: float = Field(1.5, gt=0, description="standard deviation of the rewards, in units of β")
+    preference_steps: int = Field(110, ge=1, description="optimizer steps of DPO and listwise DPO")
+    pairs_per_step: int = Field(320, ge=1, description="pairs that a step of DPO takes")
+    lists_per_step: int = Field(96, ge=1, description="lists of four that a step of listwise DPO takes")
+    preference_learning_rate: float = Field(1e-2, gt=0, description="peak rate of DPO and listwise DPO")
+    rollouts: int = Field(50, ge=1, description="rollouts of PPO and GRPO, each trained on twice")
+    samples: int = Field(96, ge=2, description="completions of each source in a rollout")
+    rollout_learning_rate: float = Field(5e-3, gt=0, description="peak rate of PPO and GRPO")
 
     @property
-    def first_distance(self) -> float:
-        """KL(π_ref‖π*)."""
-        return divergence(self.reference, self.optimum)
+    def completions(self) -> int:
+        """How many completions a source has: those that end in time, and those that are cut."""
+        others = self.vocabulary - 1
+        return sum(others**size for size in range(self.length)) + others**self.length
+
+    def problems(self) -> list[Problem]:
+        found = super().problems()
+        if not self.methods:
+            found.append(Problem("methods", [], "names nothing", "give at least one, such as dpo"))
+        if self.completions > _MOST:
+            problem = f"with vocabulary={self.vocabulary} gives {self.completions:,} completions to enumerate"
+            mend = f"give a smaller length or vocabulary: at most {_MOST} completions"
+            found.append(Problem("length", self.length, problem, mend))
+        return found
 
 
-class _Curve(TrainerCallback):
-    """Keeps [step, KL(π‖π*)] of some steps."""
+def known_optimum(config: KnownOptimumConfig) -> dict[str, float]:
+    """Train each method from the same start and follow its distance from the optimum.
 
-    def __init__(self, problem: Problem, every: int):
-        self.problem, self.every = problem, every
-        self.points: list[list[float]] = [[0, problem.first_distance]]
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            self.points.append([state.global_step, self.problem.distance(model)])
-
-
-def _arguments(folder: str | Path, **fields: Any) -> dict[str, Any]:
-    common = {"use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
-    common |= {"lr_scheduler_type": "cosine", "output_dir": str(folder)}
-    return common | fields
-
-
-def _train(problem: Problem, trainer: Any, points: int) -> list[list[float]]:
-    curve = _Curve(problem, max(1, trainer.args.max_steps // points))
-    trainer.add_callback(curve)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    return curve.points
-
-
-def train_dpo(
-    problem: Problem, folder: str | Path, *, steps: int, batch_size: int, copies: int, rate: float, points: int = 20
-) -> list[list[float]]:
-    """DPO on every pair of completions, each order as often as Bradley–Terry prefers it (``all_pairs``).
-
-    Args:
-        problem: world, start, β.
-        folder: for the trainer; nothing of use is written.
-        steps: optimizer steps.
-        batch_size: pairs of a step.
-        copies: rows a pair, shared out between its two orders.
-        rate: peak learning rate, falling to 0 on a cosine.
-        points: how many distances to take on the way.
+    Writes ``curves.json``: ``start``, ``rest`` and the ``curves``, [step, KL(π‖π*)] for some steps of each method.
 
     Returns:
-        [step, KL(π‖π*)] from before the first step to after the last.
+        In nats, means over the sources: ``known_optimum/start``, KL(π_ref‖π*); for each method
+        ``known_optimum/METHOD``, KL(π‖π*) after its last step; ``known_optimum/rest``, KL(π‖π*) of the policy at which
+        GRPO with its divergence in the loss comes to rest, worked out, not trained; ``known_optimum/completions``.
+
+    Raises:
+        UserError: more than one process.
     """
-    arguments = _preference_arguments(problem, folder, steps, batch_size, rate)
-    data = all_pairs(problem.world, copies)
-    trainer = EncoderDecoderDPOTrainer(problem.policy(), arguments, data, problem.tokenizer, LengthConfig())
-    return _train(problem, trainer, points)
+    from accelerate import PartialState
+    from transformers import set_seed
+
+    from pipelines.seq2seq.enumerable import divergence, make_world
+    from pipelines.seq2seq.known_optimum_training import Task, token_divergence_optimum
+    from pipelines.seq2seq.shards import run_shards
+    from pipelines.stage import write_json
+
+    if PartialState().num_processes > 1:
+        mend = "start with accelerate_configs/cpu.yaml, or without a launcher"
+        raise UserError("processes", PartialState().num_processes, "so small a world is trained on by one", mend)
+    sizes = {"vocabulary": config.vocabulary, "length": config.length, "sources": config.sources}
+    task = Task(make_world(**sizes, spread=config.spread, seed=config.seed))
+
+    def train(methods: Sequence[Method], what: str) -> list[Any]:
+        set_seed(config.seed)
+        return [_train(task, method, config) for method in methods]
+
+    found = run_shards(config.output_dir, "methods", config.methods, train, size=1)
+    curves = dict(zip(config.methods, found, strict=True))
+    rest = divergence(token_divergence_optimum(task), task.optimum)
+    written = {"start": task.first_distance, "rest": rest, "curves": curves}
+    write_json(Path(config.output_dir) / "curves.json", written)
+    return {
+        "known_optimum/completions": float(len(task.world.completions)),
+        "known_optimum/start": task.first_distance,
+        "known_optimum/rest": rest,
+        **{f"known_optimum/{name}": curve[-1][1] for name, curve in curves.items()},
+    }
 
 
-def train_listwise(
-    problem: Problem,
-    folder: str | Path,
-    *,
-    steps: int,
-    batch_size: int,
-    copies: int,
-    rate: float,
-    size: int = 4,
-    points: int = 20,
-) -> list[list[float]]:
-    """Listwise DPO on lists of ``size`` with rankings as often as Plackett–Luce has them; the rest as ``train_dpo``."""
-    arguments = _preference_arguments(problem, folder, steps, batch_size, rate)
-    data = all_lists(problem.world, size=size, copies=copies)
-    trainer = ListwiseDPOTrainer(problem.policy(), arguments, data, problem.tokenizer, LengthConfig())
-    return _train(problem, trainer, points)
+def _train(task: Task, method: Method, settings: KnownOptimumConfig) -> list[list[float]]:
+    from pipelines.seq2seq.known_optimum_training import train_dpo, train_grpo, train_listwise, train_ppo
 
-
-def _preference_arguments(problem: Problem, folder: str | Path, steps: int, batch_size: int, rate: float) -> DPOConfig:
-    return DPOConfig(
-        **_arguments(folder, learning_rate=rate, max_steps=steps, per_device_train_batch_size=batch_size),
-        beta=problem.beta,
-        precompute_ref_log_probs=True,
-        precompute_ref_batch_size=1024,
-        gradient_checkpointing=False,
-        logging_steps=max(1, steps),
-    )
-
-
-def _sources(problem: Problem) -> list[dict[str, Any]]:
-    return [
-        {"id": f"s{number}", "input_ids": ids, "document": str(number), "references": [""]}
-        for number, ids in enumerate(problem.world.sources)
-    ]
-
-
-def _rewards(problem: Problem) -> Rewards:
-    return Rewards([RewardFunction("table", 1.0, problem.world.reward_of)])
-
-
-def train_ppo(
-    problem: Problem, folder: str | Path, *, rollouts: int, samples: int, rate: float, epochs: int = 2, points: int = 20
-) -> list[list[float]]:
-    """PPO on all sources at once, the price of a nat β in the reward.
-
-    Args:
-        problem: world, start, β.
-        folder: for the trainer; nothing of use is written.
-        rollouts: how many; each is one mini-batch.
-        samples: completions a source and rollout.
-        rate: peak learning rate, falling to 0 on a cosine; the critic's head learns at the same.
-        epochs: passes over a rollout.
-        points: how many distances to take on the way.
-
-    Returns:
-        [step, KL(π‖π*)] from before the first step to after the last.
-    """
-    sources = _sources(problem)
-    arguments = PPOArguments(
-        **_arguments(folder, learning_rate=rate),
-        rollouts=rollouts,
-        sources_per_rollout=len(sources),
-        samples_per_source=samples,
-        ppo_epochs=epochs,
-        mini_batch_size=len(sources) * samples,
-        rollout_batch_size=len(sources) * samples,
-        max_new_tokens=problem.world.length,
-        kl_coefficient=problem.beta,
-    )
-    trainer = PPOTrainer(problem.policy(), arguments, sources, problem.tokenizer, _rewards(problem))
-    return _train(problem, trainer, points)
-
-
-def train_grpo(
-    problem: Problem,
-    folder: str | Path,
-    *,
-    rollouts: int,
-    samples: int,
-    rate: float,
-    epochs: int = 2,
-    kl_in: str = "reward",
-    policy: Any = None,
-    points: int = 20,
-) -> list[list[float]]:
-    """GRPO without scaling by group deviations (which would weigh sources unequally); the rest as ``train_ppo``.
-
-    Args:
-        kl_in: with ``loss`` it ends at another point, see ``token_divergence_optimum``.
-        policy: a copy of the start that is trained in place; None makes one.
-    """
-    sources = _sources(problem)
-    rows = {name: [source[name] for source in sources] for name in ("id", "input_ids", "references")}
-    arguments = GRPOConfig(
-        **_arguments(folder, learning_rate=rate, max_steps=rollouts * epochs),
-        per_device_train_batch_size=len(sources) * samples,
-        steps_per_generation=1,
-        num_generations=samples,
-        num_iterations=epochs,
-        max_completion_length=problem.world.length,
-        beta=problem.beta,
-        loss_type="dr_grpo",
-        scale_rewards="none",
-        gradient_checkpointing=False,
-        logging_steps=rollouts * epochs,
-    )
-    data = Dataset.from_dict(rows | {"prompt": [source["document"] for source in sources]})
-    trainer = EncoderDecoderGRPOTrainer(
-        policy or problem.policy(), arguments, data, problem.tokenizer, _rewards(problem), kl_in=kl_in
-    )
-    return _train(problem, trainer, points)
-
-
-def train_exactly(
-    problem: Problem, loss: Callable[[Problem, Tensor], Tensor], *, steps: int, rate: float, points: int = 20
-) -> list[list[float]]:
-    """Descend the expectation of a loss over everything, no sampling anywhere: what the method itself leads to.
-
-    Args:
-        problem: world, start, β.
-        loss: of the problem and the (S, N) log-probabilities, with gradient.
-        steps: steps of Adam.
-        rate: peak learning rate, falling to 0 on a cosine.
-        points: how many distances to take on the way.
-    """
-    model = as_view(problem.policy()).train()
-    optimizer = torch.optim.Adam(model.parameters(), rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    found = [[0, problem.first_distance]]
-    for step in range(1, steps + 1):
-        optimizer.zero_grad()
-        loss(problem, problem.world.log_probs(model, gradient=True)).backward()
-        optimizer.step()
-        schedule.step()
-        if step % max(1, steps // points) == 0 or step == steps:
-            found.append([step, problem.distance(model)])
-    return found
-
-
-def expected_dpo_loss(problem: Problem, log_probs: Tensor) -> Tensor:
-    """The sigmoid DPO loss in expectation over all pairs of completions and Bradley–Terry labels; a scalar."""
-    first, second = torch.triu_indices(log_probs.shape[1], log_probs.shape[1], offset=1)
-    rewards, reference = problem.world.rewards, problem.reference
-    wrong = torch.sigmoid(rewards[:, second] - rewards[:, first])
-    return dpo_loss(
-        log_probs[:, first],
-        log_probs[:, second],
-        reference[:, first],
-        reference[:, second],
-        beta=problem.beta,
-        label_smoothing=wrong,
-    ).mean()
-
-
-def regularized_reward_loss(problem: Problem, log_probs: Tensor) -> Tensor:
-    """−(E_π[r] − β KL(π‖π_ref)), the mean over sources: what PPO, GRPO and RLOO estimate from samples; a scalar."""
-    penalty = problem.beta * (log_probs - problem.reference)
-    return -(log_probs.exp() * (problem.world.rewards - penalty)).sum(dim=1).mean()
-
-
-def token_divergence_optimum(problem: Problem) -> Tensor:
-    """(S, N) fp64: log-probabilities of the policy at which GRPO with its divergence in the loss comes to rest.
-
-    That loss charges each token for its own divergence in the states that occur, and not for where it leads. At rest
-
-        π(a|s) ∝ π_ref(a|s) e^{Q(s,a)/β},   Q(s,a) = E_π[r | s, a],
-
-    while π* has the soft value β log E_{π_ref}[e^{r/β} | s, a] in the place of Q: less than Q plus what going on like
-    π costs. The two agree for one token, and where β is large.
-    """
-    world, found = problem.world, []
-    for source in range(len(world.sources)):
-        reference = {
-            tuple(c): float(p) for c, p in zip(world.completions, problem.reference[source].exp(), strict=True)
-        }
-        rewards = {tuple(c): r for c, r in zip(world.completions, world.rewards[source].tolist(), strict=True)}
-        mass: dict[tuple[int, ...], float] = {}
-        for completion, probability in reference.items():
-            for size in range(len(completion) + 1):
-                mass[completion[:size]] = mass.get(completion[:size], 0.0) + probability
-        chosen: dict[tuple[int, ...], float] = {}
-        values = dict(rewards)
-        for state in sorted(mass.keys() - rewards.keys(), key=len, reverse=True):
-            actions = [(*state, token) for token in range(world.vocabulary)]
-            odds = torch.tensor([math.log(mass[a]) + values[a] / problem.beta for a in actions], dtype=torch.float64)
-            share = odds.softmax(0).tolist()
-            chosen |= dict(zip(actions, share, strict=True))
-            values[state] = sum(p * values[a] for p, a in zip(share, actions, strict=True))
-        found.append([sum(math.log(chosen[tuple(c[: i + 1])]) for i in range(len(c))) for c in world.completions])
-    return torch.tensor(found, dtype=torch.float64)
+    folder = Path(settings.output_dir) / "checkpoints" / method
+    if method in ("dpo", "listwise"):
+        fields = {"steps": settings.preference_steps, "rate": settings.preference_learning_rate}
+        if method == "dpo":
+            return train_dpo(task, folder, **fields, batch_size=settings.pairs_per_step, copies=10)
+        return train_listwise(task, folder, **fields, batch_size=settings.lists_per_step, copies=48)
+    fields = {
+        "rollouts": settings.rollouts,
+        "samples": settings.samples,
+        "rate": settings.rollout_learning_rate,
+        "seed": settings.seed,
+    }
+    if method == "ppo":
+        return train_ppo(task, folder, **fields)
+    return train_grpo(task, folder, **fields, kl_in="loss" if method == "grpo_kl_in_loss" else "reward")

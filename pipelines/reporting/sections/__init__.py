@@ -10,6 +10,7 @@ from pipelines.reporting.sections.data import data
 from pipelines.reporting.sections.examples import examples
 from pipelines.reporting.sections.images import images
 from pipelines.reporting.sections.images_training import images_training
+from pipelines.reporting.sections.known_optimum import known_optimum
 from pipelines.reporting.sections.ppo import ppo
 from pipelines.reporting.sections.prompting import prompting
 from pipelines.reporting.sections.prompting_compare import prompting_compare
@@ -22,6 +23,7 @@ SECTIONS: tuple[SectionWriter, ...] = (
     examples,
     ppo,
     best_of_n,
+    known_optimum,
     reward_model,
     prompting_compare,
     prompting,
