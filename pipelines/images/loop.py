@@ -88,12 +88,12 @@ class Loop:
             part.to(self.device)
         self.rows = config.batch_size * config.gradient_accumulation * accelerator.num_processes
         self.steps_per_epoch = len(train) // self.rows
-        self.optimizers = {
-            phase: accelerator.prepare_optimizer(optimizer) for phase, optimizer in method.optimizers().items()
-        }
+        self.optimizers = method.optimizers()
+        if accelerator.scaler is not None:  # Accelerate's wrapper scales; without a scaler it would only cost time
+            self.optimizers = {name: accelerator.prepare_optimizer(own) for name, own in self.optimizers.items()}
         warmup = round(config.warmup_ratio * steps)
         self.schedulers = {
-            phase: get_scheduler(config.lr_scheduler, optimizer.optimizer, warmup, steps)
+            phase: get_scheduler(config.lr_scheduler, getattr(optimizer, "optimizer", optimizer), warmup, steps)
             for phase, optimizer in self.optimizers.items()
         }
         self.averages = {
@@ -177,7 +177,7 @@ class Loop:
         start = time.monotonic()
         self._train_mode(True)
         for _ in tqdm(range(self.step, self.steps), initial=self.step, total=self.steps, disable=not main):
-            torch.manual_seed(_mixed(self.config.seed, DROPOUT, self.step, self.accelerator.process_index))
+            self._seed_dropout()
             batches = self._batches()
             for number in range(len(self.method.phases)):
                 for key, value in self._phase(number, batches).items():
@@ -204,6 +204,13 @@ class Loop:
         for part in self.method.parts.values():
             part.requires_grad_(True)
         return clean_history(self.log)
+
+    def _seed_dropout(self) -> None:
+        """Seed torch's global generators (``torch.manual_seed`` takes a millisecond for devices there are not)."""
+        seed = _mixed(self.config.seed, DROPOUT, self.step, self.accelerator.process_index)
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _train_mode(self, on: bool) -> None:
         for part in self.method.parts.values():

@@ -133,8 +133,8 @@ def test_with_the_true_posterior_one_sample_gives_the_likelihood():
 
 def test_importance_weighted_bounds_come_down_to_the_likelihood():
     model = Linear()
-    v = model.precision.diag().reciprocal().expand(9, 2)  # the posterior's own variances are correlated: there is a gap
-    means = {k: np.mean([model.bounds(v, k, seed).numpy() for seed in range(1500 // k + 20)]) for k in (1, 5, 50, 500)}
+    v = 2.5 * model.precision.diag().reciprocal().expand(9, 2)  # wider than the posterior: there is a gap
+    means = {k: np.mean([model.bounds(v, k, seed).numpy() for seed in range(500 // k + 20)]) for k in (1, 5, 50, 500)}
     truth = model.nll.mean().item()
     assert means[1] > means[5] > means[50] > truth - 0.01
     assert means[1] - truth > 0.05
@@ -316,7 +316,9 @@ def test_training_goes_on_from_a_saved_pipeline(stages, tmp_path):
     code, printed, errors = stages.answer("--recipe", "images/vae", *words)
     assert code == 0, printed + errors
     losses = [json.loads((tmp_path / name / "log_history.json").read_text()) for name in ("first", "second")]
-    assert losses[1][0]["loss"] < 0.8 * losses[0][0]["loss"]
+    first, last, after = losses[0][0]["loss"], losses[0][-1]["loss"], losses[1][0]["loss"]
+    assert last < first - 5
+    assert abs(after - last) < abs(after - first)
 
 
 def test_sharpness_follows_the_nats_that_the_latent_carries(stages, root, tmp_path):
