@@ -8,6 +8,8 @@ from transformers import T5ForConditionalGeneration
 
 from pipelines.config import validate
 from pipelines.errors import UserError
+from pipelines.reporting.run import Stage
+from pipelines.reporting.sections.ppo import samples_table
 from pipelines.seq2seq.models import load_tokenizer
 from pipelines.seq2seq.ppo import PPOConfig, ppo
 from pipelines.seq2seq.view import as_view, encode, sequence_log_probs
@@ -51,6 +53,15 @@ def test_the_stage_writes_a_model_logs_and_samples(options, tiny_t5, tmp_path):
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [row["rollout"] for row in samples] == [r for r in range(3) for _ in range(4)]
     assert set(samples[0]) == {"rollout", "id", "document", "text", "reward", "gold", "kl"}
+    table = samples_table(Stage("ppo", folder, {}))
+    assert table.columns == ["Rollout", "Source", "Sample", "Proxy reward", "Gold score", "KL, nats"]
+    shown = [row for row in samples if row["rollout"] in (0, 2)]
+    assert [row[:3] for row in table.rows] == [
+        [str(r["rollout"] + 1), r["document"], r["text"] or "(nothing)"] for r in shown
+    ]
+    assert [row[5] for row in table.rows] == [f"{r['kl']:.2f}" for r in shown]
+    assert all(abs(row["kl"]) < 1e-5 for row in samples[:4])  # the first rollout is the reference's
+    assert any(abs(row["kl"]) > 1e-3 for row in samples[4:])
     trained = T5ForConditionalGeneration.from_pretrained(folder)
     before = T5ForConditionalGeneration.from_pretrained(tiny_t5)
     assert not torch.equal(trained.shared.weight, before.shared.weight)

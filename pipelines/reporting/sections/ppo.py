@@ -8,6 +8,7 @@ from pipelines.reporting import plots
 from pipelines.reporting.page import Section, figure, figures, heading, join, paragraph
 from pipelines.reporting.plots import Panel, Series
 from pipelines.reporting.run import Run, Stage, is_number
+from pipelines.reporting.tables import Table, html_table
 
 KINDS = ("ppo", "grpo", "rloo")
 PROXY, GOLD, KL = "objective/proxy_reward", "objective/gold", "objective/kl"
@@ -23,6 +24,9 @@ def ppo(run: Run) -> Section | None:
         if len(stages) > 1:
             parts.append(heading(stage.name))
         parts.append(figures(_figures(stage)))
+        table = samples_table(stage)
+        if table:
+            parts += [heading("Samples of the first and the last rollout"), html_table(table, "Samples")]
         verdict = over_optimisation(stage)
         if verdict:
             parts.append(paragraph(verdict, "note"))
@@ -42,6 +46,29 @@ def rollouts(stage: Stage, *keys: str) -> list[list[float]]:
         if all(is_number(entry.get(k)) for k in keys)
     ]
     return [list(column) for column in zip(*kept, strict=True)] if kept else [[] for _ in range(len(keys) + 1)]
+
+
+def samples_table(stage: Stage) -> Table | None:
+    """What the policy wrote in its first and in its last rollout, from ``samples.jsonl``; None where there is none."""
+    rows = [row for row in stage.lines("samples.jsonl") if "rollout" in row and "kl" in row]
+    if not rows:
+        return None
+    ends = {min(row["rollout"] for row in rows), max(row["rollout"] for row in rows)}
+    gold = any("gold" in row for row in rows)
+    found = [
+        [
+            str(row["rollout"] + 1),
+            row["document"],
+            row["text"] or "(nothing)",
+            f"{row['reward']:.2f}",
+            *([f"{row['gold']:.1f}" if "gold" in row else "–"] if gold else []),
+            f"{row['kl']:.2f}",
+        ]
+        for row in rows
+        if row["rollout"] in ends
+    ]
+    columns = ["Rollout", "Source", "Sample", "Proxy reward", *(["Gold score"] if gold else []), "KL, nats"]
+    return Table(columns, found, numeric=False)
 
 
 def over_optimisation(stage: Stage) -> str:
