@@ -16,7 +16,7 @@ STAGES := corpus tokenizer sft preferences reward ppo dpo evaluate
 METHODS := listwise grpo rloo best_of_n known_optimum
 CHAINS := scitldr xsum_t5_small cnn_flan_t5_base mnist
 
-.PHONY: help install demo methods images pretraining-text test test-slow lint format bench report results clean $(STAGES) $(METHODS) $(CHAINS)
+.PHONY: help install demo methods prompting images pretraining-text test test-slow lint format bench report results clean $(STAGES) $(METHODS) $(CHAINS)
 .DEFAULT_GOAL := help
 
 help: ## show this
@@ -52,6 +52,9 @@ $(METHODS): demo
 
 images: $(STAMP) ## DDPM, bit-flip diffusion, VAE and GAN on the embedded digits, measured and drawn
 	@$(BIN)/genalign run images $(ARGS)
+
+prompting: $(STAMP) ## a small model of word tasks: solved examples, soft prompts, LoRA and full fine-tuning compared
+	@$(BIN)/genalign run prompting $(ARGS)
 
 $(CHAINS): $(STAMP)
 	@$(BIN)/genalign run $@ $(ARGS)
