@@ -13,7 +13,10 @@ from pipelines.prompting.compare import CompareConfig, compare
 from pipelines.prompting.compare_math import crossed_difference
 from pipelines.reporting.report import write_report
 from pipelines.reporting.sections.prompting_compare import compared
+from pipelines.runner import Chain
+from tests.chain.test_whole import documented
 
+LETTERS = str.maketrans("0123456789", "abcdefghij")
 IDS = [f"w{n}" for n in range(40)]
 GROUPS = ["irregular" if n % 10 == 0 else "regular" for n in range(40)]
 
@@ -163,3 +166,35 @@ def test_a_failed_answer_is_no_wrong_one(made, tmp_path):
     file.write_text(file.read_text().replace('"kind": "plausible"', '"kind": "failed"', 1))
     with pytest.raises(UserError, match=r"has no answer to .*; run that stage again"):
         compare(validate(CompareConfig, config))
+
+
+def test_the_chain_from_the_model_to_the_report(prompting_cli, root, nouns_file, tmp_path):
+    """``genalign run prompting`` on a handful of words; every metric is explained in docs/metrics.md."""
+    text = tmp_path / "text.jsonl"
+    words = "walk walked walking cook cooked cooking lamp wall door seat time"
+    rows = [{"document": f"{words} bell{n % 120:03d}".translate(LETTERS), "summary": f"{n}"} for n in range(480)]
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_layers": 1, "num_heads": 2, "max_steps": 2}
+    small |= {"dataset": nouns_file, "text": text, "validation_fraction": 0.2, "save_steps": 50}
+    given = [f"word_model.{name}={value}" for name, value in small.items()]
+    for stage in ("prompt_tuning", "lora", "full"):
+        given.append(f"{stage}.train_sizes=[4]")
+    for stage in ("prompt_tuning", "prompt_tuning_vocabulary", "prompt_tuning_random", "prefix_tuning", "p_tuning"):
+        given.append(f"{stage}.max_steps=2")
+    given += ["lora.max_steps=2", "full.max_steps=2", "repeats=1", "batch_size=4", "max_new_tokens=3", "samples=2"]
+    given += ["hard_seed0.shots=[0, 1]", "hard_seed1.shots=[0, 1]", "hard_seed2.shots=[0, 1]", "wrong_labels.shots=[1]"]
+    given += ["explore.temperatures=[0, 1]", "explore.strategies={few_shot: {shots: 1}}", "resamples=100"]
+    code, printed = prompting_cli.run("run", "prompting", "--output_dir", str(tmp_path / "run"), *given)
+    assert code == 0, printed[-3000:]
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    patterns, recipes = documented(root), Chain.load("prompting").recipe_names
+    for key in metrics:
+        stage, _, rest = key.removesuffix("_ci_low").removesuffix("_ci_high").partition("/")
+        plain = f"{recipes[stage].rpartition('/')[2]}/{rest}"
+        assert any(pattern.fullmatch(plain) for pattern in patterns), f"docs/metrics.md does not explain {plain}"
+    for name in ("prompt_tuning", "prefix_tuning", "p_tuning", "lora", "full"):
+        assert metrics[f"compare/{name}/accuracy"] == metrics[f"{name}/accuracy"]
+        assert f"compare/{name}/accuracy_minus_best_hard_ci_low" in metrics
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert 'id="prompting-compare"' in page
+    assert "prompt tuning random" in page
