@@ -16,6 +16,8 @@ from tests.prompting.tiny_causal import save, tiny_causal, tiny_t5, tiny_tokeniz
 
 METHODS = ["prompt_tuning", "prefix_tuning", "p_tuning", "lora", "full"]
 FAMILIES = ["gpt2", "llama", "t5"]
+LLAMA_SLOWLY = ["gpt2", "t5", pytest.param("llama", marks=pytest.mark.slow)]
+SOME_SLOWLY = [m if m == "prefix_tuning" else pytest.param(m, marks=pytest.mark.slow) for m in METHODS[:4]]
 WIDTH, LAYERS = 32, 2
 
 
@@ -46,7 +48,7 @@ def fitted(config: SoftConfig):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMA_SLOWLY)
 def test_the_backbone_is_frozen_to_the_last_bit_and_the_loss_is_that_of_the_answers(
     folders, nouns_file, tmp_path, family, method
 ):
@@ -230,7 +232,7 @@ def test_what_only_the_model_or_data_tell_is_one_line_too(folders, nouns_file, t
         fitted(settings(folders, nouns_file, tmp_path, "gpt2", "prompt_tuning", **given))
 
 
-@pytest.mark.parametrize("method", METHODS[:4])
+@pytest.mark.parametrize("method", SOME_SLOWLY)
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_generation_reads_what_was_learnt_as_training_does(folders, nouns_file, tmp_path, family, method):
     done = fitted(settings(folders, nouns_file, tmp_path, family, method, learning_rate=0.1))
