@@ -27,7 +27,7 @@ def test_every_chain_is_valid_as_it_stands(name, tmp_path):
     # the folder of own data is the one thing a chain may leave to the user
     own = [f"dataset={tmp_path}"] if name in ("scitldr", "mnist") else []
     configured = list(chain.configured(tmp_path / "run", own))
-    if any(recipe.startswith("summarization/") for recipe in chain.recipe_names.values()):
+    if "preferences" in chain.stages:
         assert configured == STAGES
     else:
         assert configured == list(chain.stages)
