@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -414,6 +415,8 @@ def check_log_probs(
 
 
 _DROPS = ("dropout", "layerdrop", "drop_prob", "drop_path")
+# What speech encoders read from their configuration whenever they are in training mode.
+_DROPS_OF_SPEECH = ("layerdrop", "speech_encoder_layerdrop", "apply_spec_augment")
 
 
 def silence_dropout(model: nn.Module) -> nn.Module:
@@ -421,7 +424,9 @@ def silence_dropout(model: nn.Module) -> nn.Module:
 
     TRL's ``disable_dropout_in_model`` zeroes ``nn.Dropout`` modules but misses numbers such as ``T5Attention.dropout``,
     which attention reads in training mode: two passes then differ and the first PPO ratio is not 1. Layer drop counts
-    too. The configuration keeps its values, so a saved checkpoint still says what the model was made with.
+    too. An encoder of speech that also masks its features, normalizes over the batch or keeps such a number in its
+    configuration stays in evaluation mode. The configuration keeps its values, so a saved checkpoint still says what
+    the model was made with.
     """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -429,4 +434,16 @@ def silence_dropout(model: nn.Module) -> nn.Module:
         for name, value in vars(module).items():
             if isinstance(value, float) and any(part in name for part in _DROPS):
                 setattr(module, name, 0.0)
+    encoder = unwrap(model).get_encoder()
+    settings = getattr(encoder, "config", None)
+    if any(getattr(settings, name, False) for name in _DROPS_OF_SPEECH) or any(
+        isinstance(module, nn.modules.batchnorm._BatchNorm) for module in encoder.modules()
+    ):
+        encoder.eval()
+        encoder.train = MethodType(_stay, encoder)
     return model
+
+
+def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
+    """In place of ``train``: leaves a module in evaluation mode."""
+    return module

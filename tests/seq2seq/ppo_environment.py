@@ -71,9 +71,10 @@ def make_trainer(
     policy=None,
     sources=None,
     collate_sources=None,
+    reward=count_w5,
     **options,
 ) -> PPOTrainer:
-    """A trainer of that world, or of another policy and its sources; ``options`` are ``PPOArguments``."""
+    """A trainer of that world, or of another policy, sources and reward; ``options`` are ``PPOArguments``."""
     settings = {
         "rollouts": 2,
         "sources_per_rollout": 8,
@@ -103,7 +104,7 @@ def make_trainer(
         PPOArguments(output_dir=str(folder), **(settings | options)),
         make_sources() if sources is None else sources,
         make_tokenizer(),
-        Rewards([RewardFunction("count", 1.0, count_w5)]),
+        Rewards([RewardFunction("count", 1.0, reward)]),
         collate_sources=collate_sources,
         gold=count_w5,
         separate_critic=separate_critic,

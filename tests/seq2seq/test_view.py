@@ -6,7 +6,8 @@ import pickle
 import pytest
 import torch
 import transformers
-from tiny_models import ALL_FAMILIES, FAMILIES, VOCABULARY, tiny, tiny_batch, tiny_sources
+from architectures import build
+from tiny_models import ALL_FAMILIES, FAMILIES, tiny, tiny_batch, tiny_sources
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from pipelines.errors import UserError
@@ -251,56 +252,24 @@ def test_a_decoder_only_model_is_refused_in_one_line():
         as_view(backbone)
 
 
-_SMALL = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
-_BERT = _SMALL | {"num_hidden_layers": 1, "max_position_embeddings": 32}
-_FFN = {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
-
-
-def _bert_to_bert():
-    decoder = transformers.BertConfig(**_BERT, is_decoder=True, add_cross_attention=True)
-    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(transformers.BertConfig(**_BERT), decoder)
-    return transformers.EncoderDecoderModel(config)
-
-
-def _prophet_net():
-    layers = {"num_encoder_layers": 1, "num_decoder_layers": 1}
-    heads = {"num_encoder_attention_heads": 2, "num_decoder_attention_heads": 2}
-    widths = {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
-    settings = {"vocab_size": 30, "hidden_size": 16} | layers | heads | widths
-    return transformers.ProphetNetForConditionalGeneration(transformers.ProphetNetConfig(**settings))
-
-
-def _switch():
-    settings = {"vocab_size": 30, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "num_experts": 2}
-    config = transformers.SwitchTransformersConfig(**settings, num_layers=2, num_decoder_layers=2)
-    return transformers.SwitchTransformersForConditionalGeneration(config)
-
-
 @pytest.mark.parametrize(
-    ("build", "problem"),
+    ("name", "problem"),
     [
-        (_bert_to_bert, "its logits are not its output embedding"),  # a transform lies between states and embedding
-        (_prophet_net, "its logits are not its output embedding"),  # n-gram streams
-        (_switch, "cannot be driven by a source and a completion alone"),  # experts want the encoder's routing too
+        ("EncoderDecoderModel", "its logits are not its output embedding"),  # BERT has a transform before it
+        ("ProphetNetForConditionalGeneration", "its logits are not its output embedding"),  # n-gram streams
+        ("SwitchTransformersForConditionalGeneration", "cannot be driven by a source and a completion alone"),
     ],
 )
-def test_another_architecture_is_refused_in_one_line(build, problem):
+def test_another_architecture_is_refused_in_one_line(name, problem):
+    """Some of them; all stand in test_architectures.py."""
     with pytest.raises(UserError, match=problem) as caught:
-        as_view(build())
+        as_view(build(name))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["UMT5", "Blenderbot", "M2M100", "LED"])
 def test_another_architecture_of_the_same_make_works(name):
-    special = {"vocab_size": VOCABULARY, "decoder_start_token_id": 1, "pad_token_id": 0, "eos_token_id": 1}
-    layers = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 16} | _FFN
-    if name == "UMT5":
-        layers = {"num_layers": 1, "num_decoder_layers": 1, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2}
-    elif name == "LED":
-        layers |= {"attention_window": 4, "max_encoder_position_embeddings": 32, "max_decoder_position_embeddings": 32}
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**special, **layers)
-    model = as_view(getattr(transformers, f"{name}ForConditionalGeneration")(config).eval())
+    model = as_view(build(f"{name}ForConditionalGeneration"))
     source, source_mask, completion, mask = tiny_batch()
     with torch.no_grad():
         states = encode(model, source, source_mask)
@@ -310,13 +279,8 @@ def test_another_architecture_of_the_same_make_works(name):
 
 
 def test_a_mask_of_another_length_than_the_states_is_shortened_as_the_model_does():
-    settings = {"vocab_size": VOCABULARY, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1} | _FFN
-    frames = {"input_feat_per_channel": 8, "max_source_positions": 64, "max_target_positions": 32}
-    special = {"decoder_start_token_id": 2, "pad_token_id": 0, "eos_token_id": 1, "conv_channels": 16}
-    torch.manual_seed(0)
-    config = transformers.Speech2TextConfig(**settings, **frames, **special)
-    model = as_view(transformers.Speech2TextForConditionalGeneration(config).eval())
-    features, completion = torch.randn(2, 24, 8), tiny_batch()[2]
+    model = as_view(build("Speech2TextForConditionalGeneration"))
+    features, completion = torch.randn(2, 24, 80), tiny_batch()[2]
     frame_mask = (torch.arange(24) < torch.tensor([[24], [13]])).long()
     mask = torch.ones_like(completion)
     with torch.no_grad():
@@ -328,6 +292,15 @@ def test_a_mask_of_another_length_than_the_states_is_shortened_as_the_model_does
     t5 = as_view(tiny("t5"))
     with pytest.raises(UserError, match="9 long for 6 encoder states: T5ForConditionalGeneration says no way"):
         sequence_log_probs(t5, states, tiny_batch()[1], completion, mask, order="sample-major")
+
+
+def test_an_input_that_the_encoder_does_not_read_is_refused():
+    """A Florence-2's image, say: nobody would see that only the text beside it was read."""
+    model = as_view(build("Florence2ForConditionalGeneration"))
+    ids, mask = tiny_batch()[:2]
+    given = {"encoder_input_ids": ids, "encoder_attention_mask": mask, "encoder_pixel_values": torch.zeros(2, 3, 8, 8)}
+    with pytest.raises(UserError, match="pixel_values: is nothing that the encoder of Florence2"):
+        model(input_ids=torch.full((2, 3), 4), **given)
 
 
 def test_an_unknown_path_to_the_logits_is_refused_not_guessed():
