@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pydantic import Field
 
-from pipelines.config import Problem, Source, config
+from pipelines.config import INERT, Problem, Source, config
 
 EMBEDDED = "pydocs"
 
@@ -120,8 +118,11 @@ class TextFields:
         description="pydocs (embedded: all docstrings and prose documentation of the installed packages), a folder "
         "that the text stage saved, a .txt, .md, .rst or .jsonl file, a folder of such files, or a hub id (streamed)",
     )
+    # Inert as a path: what it holds decides the result, and that is in ``environment()``.
     site_packages: str | None = Field(
-        None, description="folder of further installed packages whose text pydocs reads too; none of them is imported"
+        None,
+        description="folder of further installed packages whose text pydocs reads too; none of them is imported",
+        json_schema_extra=INERT,
     )
     text_config: str | None = Field(None, description="configuration of a hub data set of texts")
     raw_column: str = Field("text", description="column of the texts in .jsonl files and hub data sets")
@@ -139,19 +140,17 @@ class TextFields:
 
     def problems(self) -> list[Problem]:
         found = list(_parent(self, TextFields, "problems", []))
-        if self.site_packages is not None:
-            folder = Path(self.site_packages).expanduser()
-            if self.text != EMBEDDED:
-                problem, mend = f"is read for text={EMBEDDED} only, and text is {self.text}", "drop one of the two"
-                found.append(Problem("site_packages", self.site_packages, problem, mend))
-            elif not any(folder.glob("*.dist-info")):
-                problem = "holds no installed packages" if folder.is_dir() else "no such folder"
-                mend = "give the folder that `pip install --target FOLDER` made, or a site-packages folder"
-                found.append(Problem("site_packages", self.site_packages, problem, mend))
+        if self.site_packages is not None and self.text != EMBEDDED:
+            problem, mend = f"is read for text={EMBEDDED} only, and text is {self.text}", "drop one of the two"
+            found.append(Problem("site_packages", self.site_packages, problem, mend))
         return found
 
     def environment(self) -> dict[str, str]:
-        """The versions of the packages read, where the text is theirs."""
+        """The versions of the packages read, where the text is theirs.
+
+        Raises:
+            UserError: ``site_packages`` holds none. A chain that names a folder still to be filled is valid before.
+        """
         from pipelines.corpus.packages import text_key
 
         found = dict(_parent(self, TextFields, "environment", {}))

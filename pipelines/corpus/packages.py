@@ -91,18 +91,28 @@ class HeldOut:
 
 
 def text_key(site_packages: str | None = None) -> str:
-    """Digest of all that decides the embedded text: the packages' versions and the code that reads them."""
+    """Digest of all that decides the embedded text: the packages' versions and the code that reads them.
+
+    Raises:
+        UserError: ``site_packages`` is no folder of installed packages.
+    """
+    further = [] if site_packages is None else distributions(_folder(site_packages))
     digest = hashlib.sha256(environment_key().encode())
     for code in (__file__, prose.__file__):
         digest.update(Path(code).read_bytes())
     # A package without modules may have documentation, so every distribution counts.
-    read = [distributions(), [] if site_packages is None else distributions(_folder(site_packages))]
-    digest.update(json.dumps([[(name, found.version) for name, found in part] for part in read]).encode())
+    read = [[(name, found.version) for name, found in part] for part in (distributions(), further)]
+    digest.update(json.dumps(read).encode())
     return digest.hexdigest()[:24]
 
 
 def _folder(site_packages: str) -> list[str]:
-    return [str(Path(site_packages).expanduser())]
+    folder = Path(site_packages).expanduser()
+    if not any(folder.glob("*.dist-info")):
+        problem = "holds no installed packages" if folder.is_dir() else "no such folder"
+        mend = "fill it (`make pretraining-text`, or `pip install --target FOLDER …`), or name a site-packages folder"
+        raise UserError("site_packages", site_packages, problem, mend)
+    return [str(folder)]
 
 
 def embedded_text(site_packages: str | None = None, workers: int | None = None) -> EmbeddedText:

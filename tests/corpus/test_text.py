@@ -16,6 +16,7 @@ from pipelines.corpus.documents import documents
 from pipelines.corpus.text import TextConfig, open_saved, open_text, text
 from pipelines.corpus.tokenizer import TokenizerConfig, tokenizer
 from pipelines.errors import UserError
+from pipelines.runner import load_recipe
 from pipelines.stage import execute
 
 
@@ -234,12 +235,15 @@ def test_wrong_fields_are_found_before_anything_is_read(tmp_path):
         return str(caught.value)
 
     assert "text=/no/such/folder: no such file or folder" in problems(text="/no/such/folder")
-    assert "holds no installed packages; give the folder that `pip install" in problems(site_packages=str(tmp_path))
-    assert "site_packages=/nowhere: no such folder" in problems(site_packages="/nowhere")
-    (tmp_path / "x-1.dist-info").mkdir()
     assert "is read for text=pydocs only" in problems(site_packages=str(tmp_path), text=str(tmp_path))
     assert "text_validation_fraction" in problems(text=str(tmp_path), text_validation_fraction=1.0)
-    assert set(TextConfig(text=str(tmp_path)).environment()) == set()
+    assert TextConfig(text=str(tmp_path)).environment() == {}
+    # A chain may name a folder that is to be filled before it runs; its first stage says so where it was not.
+    for value, told in (("/nowhere", "no such folder"), (str(tmp_path), "holds no installed packages")):
+        config = validate(TextConfig, {"site_packages": value, "output_dir": str(tmp_path / "out")})
+        with pytest.raises(UserError, match=f"site_packages={value}: {told}; fill it"):
+            execute(text, config)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_folder_is_told(tmp_path, folder):
@@ -288,3 +292,24 @@ def test_the_tokenizer_takes_a_saved_folder_only(tmp_path, folder):
     assert told in problems("pydocs")
     assert problems("/no/such/folder") == "text=/no/such/folder: no such file or folder; mend the path"
     assert validate(TokenizerConfig, {"dataset": dataset, "text": "${text}"}).text == "${text}"
+
+
+# --- the recipe -------------------------------------------------------------------------------------------------------
+
+
+def test_the_recipe_on_a_folder(tmp_path, folder, capsys):
+    """Through its own command line: what it prints, what it leaves, and nothing done twice."""
+    command = [f"text={folder}", f"pairs={pairs_file(tmp_path / 'p.jsonl')}", f"output_dir={tmp_path / 'out'}"]
+    for _ in range(2):
+        with pytest.raises(SystemExit) as ended:
+            load_recipe("summarization/text")(command)
+        assert ended.value.code == 0
+        assert "text/train_documents = 4" in capsys.readouterr().out
+    made = json.loads((tmp_path / "out" / "stage.json").read_text())
+    assert made["state"] == "finished"
+    assert len(open_saved(tmp_path / "out").text["train"]) == 4
+    with pytest.raises(SystemExit) as ended:
+        load_recipe("summarization/text")([f"text={tmp_path}/nowhere.txt", f"output_dir={tmp_path / 'no'}"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: text={tmp_path}/nowhere.txt: no such file or folder; mend the path\n"
+    assert not (tmp_path / "no").exists()
