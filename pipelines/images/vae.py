@@ -32,8 +32,8 @@ class VAEConfig(ImageTrainingConfig):
         "conv", description="mlp: two hidden layers of ELUs each way; conv: convolutions and residual layers"
     )
     latent_dim: int = Field(64, ge=1, description="dimensions of the latent space")
-    hidden: int = Field(300, ge=1, description="features of the hidden dense layers")
-    width: int = Field(16, ge=1, description="conv: channels at full resolution, doubled where the side is halved")
+    hidden: int = Field(256, ge=1, description="features of the hidden dense layers")
+    width: int = Field(32, ge=1, description="conv: channels at each square of 4×4 pixels (small images: 2×2)")
     likelihood: Literal["bernoulli", "gaussian"] = Field(
         "bernoulli", description="of a pixel: bernoulli (binary images), or gaussian (grey levels, colours)"
     )

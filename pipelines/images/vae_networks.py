@@ -64,37 +64,31 @@ def _mlp(pixels: int, latent_dim: int, hidden: int) -> tuple[nn.Module, nn.Modul
 def _convolutional(
     size: int, channels: int, latent_dim: int, hidden: int, width: int
 ) -> tuple[nn.Sequential, nn.Sequential]:
-    """Convolutions where the sides are small and dense layers between: most of what a CPU can do in a second."""
-    count = halvings(size)
-    side, most = size >> count, width << count
-    down: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1)] if count == 0 else []
-    for level in range(count):
-        wide = channels if level == 0 else width << level
-        down += [nn.SiLU()] if level else []
-        down += [nn.Conv2d(wide, width << (level + 1), 4, stride=2, padding=1)]
+    """Convolutions on squares of pixels, where their work is one large product of matrices, and dense layers."""
+    patch = 1 << halvings(size)
+    side, deep = size // patch, channels * patch**2
     encoder = nn.Sequential(
-        *down,
-        _conv(most),
+        nn.PixelUnshuffle(patch),
+        nn.Conv2d(deep, width, 3, padding=1),
+        _conv(width),
         nn.SiLU(),
         nn.Flatten(),
-        nn.Linear(most * side * side, hidden),
+        nn.Linear(width * side**2, hidden),
         _dense(hidden),
         nn.SiLU(),
         nn.Linear(hidden, 2 * latent_dim),
     )
-    up: list[nn.Module] = []
-    for level in range(count, 0, -1):
-        wide = width << level
-        up += [_conv(wide), nn.SiLU(), nn.Conv2d(wide, 4 * wide // 2, 3, padding=1), nn.PixelShuffle(2)]
     decoder = nn.Sequential(
         nn.Linear(latent_dim, hidden),
         _dense(hidden),
         nn.SiLU(),
-        nn.Linear(hidden, most * side * side),
-        nn.Unflatten(1, (most, side, side)),
-        *up,
+        nn.Linear(hidden, width * side**2),
+        nn.Unflatten(1, (width, side, side)),
+        _conv(width),
+        _conv(width),
         nn.SiLU(),
-        nn.Conv2d(width, channels, 3, padding=1),
+        nn.Conv2d(width, deep, 3, padding=1),
+        nn.PixelShuffle(patch),
     )
     return encoder, decoder
 
@@ -108,7 +102,7 @@ class ImageVAE(ModelMixin, ConfigMixin):
         latent_dim: dimensions of z.
         architecture: ``mlp``: two hidden layers of ELUs each way; ``conv``: convolutions and residual layers.
         hidden: features of the hidden layers (``conv``: of its dense layers).
-        width: ``conv``: channels at full resolution; twice as many at each halving of the side.
+        width: ``conv``: channels, where a square of 4×4 pixels (2×2 of small images) is one place.
         likelihood: ``bernoulli``: the decoder gives logits; ``gaussian``: means, and one variance for all pixels.
         variance: of the Gaussian likelihood, in squared grey levels (white − black = 1); learned where it is None.
     """
@@ -121,7 +115,7 @@ class ImageVAE(ModelMixin, ConfigMixin):
         latent_dim: int = 64,
         architecture: str = "mlp",
         hidden: int = 300,
-        width: int = 16,
+        width: int = 32,
         likelihood: str = "bernoulli",
         variance: float | None = None,
     ):
