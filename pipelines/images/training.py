@@ -140,7 +140,10 @@ def run_method(
     accelerator.wait_for_everyone()
     counts = {"steps": steps, "train_examples": len(images.train), "test_examples": len(images.test)}
     counts["parameters"] = sum(p.numel() for part in method.parts.values() for p in part.parameters())
-    losses = {name: value for name, value in history[-1].items() if name.endswith("loss")}
+    trained = [
+        {k: v for k, v in entry.items() if k.endswith("loss") and not k.startswith("eval_")} for entry in history
+    ]
+    losses = [entry for entry in trained if entry][-1]
     found = {f"train_{name}": value for name, value in losses.items()} | {k: float(v) for k, v in counts.items()}
     return {f"{method.name}/{name}": value for name, value in found.items()} | _means(method.name, measures)
 

@@ -214,15 +214,17 @@ class TestRecipe:
     words: ClassVar = [*SMALL, "ema_decay=0.9", "lr_scheduler=cosine", "warmup_ratio=0.2", "max_grad_norm=5.0"]
 
     def test_killed_and_resumed_it_ends_the_same(self, stages, tmp_path):
-        words = [*self.words, "sample_steps=5", "eval_steps=3"]
+        words = [*self.words, "sample_steps=5", "eval_steps=7"]
         folder = check_resumes(stages, tmp_path, "images/vae", words)
         names = {path.name for path in folder.iterdir()}
         assert names >= {"model_index.json", "vae", "samples.png", "samples", "reconstructions.png", "timing.json"}
         assert not names & {"checkpoints", "logs"}
         assert sorted(path.name for path in (folder / "samples").iterdir()) == ["step-0000005.png", "step-0000010.png"]
         history = json.loads((folder / "log_history.json").read_text())
-        assert [entry["step"] for entry in history if "eval_negative_elbo" in entry] == [3, 6, 9, 12]
+        assert [entry["step"] for entry in history if "eval_negative_elbo" in entry] == [7, 14]
         assert [entry["step"] for entry in history if "loss" in entry] == [2, 4, 6, 8, 10, 12, 14]
+        metrics = json.loads((folder / "stage.json").read_text())["metrics"]
+        assert metrics["vae/train_loss"] == [entry["loss"] for entry in history if "loss" in entry][-1]
         timing = json.loads((folder / "timing.json").read_text())
         seconds = [entry["train_runtime"] for entry in timing]
         assert seconds == sorted(seconds)
