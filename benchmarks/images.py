@@ -106,7 +106,8 @@ def table(results: dict[str, Any]) -> Iterator[str]:
         rates = " | ".join(f"{row[name]['images_per_second']:.0f}" for name in ("other", "project"))
         ratio, cpu = row["ratio"], row["cpu_ratio"]["median"]
         yield (
-            f"| {row['title']} | {weights} | {rates} | **{ratio['median']:.2f}×** ({ratio['min']:.2f}–{ratio['max']:.2f}) "
+            f"| {row['title']} | {weights} | {rates} | **{ratio['median']:.2f}×** "
+            f"({ratio['min']:.2f}–{ratio['max']:.2f}) "
             f"| {cpu:.2f}× | ≥ {row['target']} | {'yes' if row['met'] else '**no**'} |"
         )
 
