@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,9 +124,13 @@ class Judge:
         self.device = PartialState().device
         self.training = self.images.train.images.float() / 255
         self.held_out = self.represented(self.images.test, 0)
-        self.held_out_distances, _ = nearest(self.held_out, self.training)
         if self.classifier is not None:
             self.features, _ = self.classifier.features_and_probabilities(self.held_out)
+
+    @functools.cached_property
+    def held_out_distances(self) -> Tensor:
+        """(m,) distance of each held-out image to its nearest training image."""
+        return nearest(self.held_out, self.training)[0]
 
     def represented(self, images: Images, key: int) -> Tensor:
         """Images as they are compared, (n, C, H, W) float32 in [0, 1]; ``key`` tells their random numbers apart."""

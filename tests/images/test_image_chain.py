@@ -136,7 +136,7 @@ def measured(whole, **values):
     ("values", "said"),
     [
         ({"test_fraction": 0.5}, "test_fraction=0.5: systems.gan was trained with test_fraction=0.25"),
-        ({"dataset": "."}, "dataset=.: systems.gan was trained on digits"),
+        ({"dataset": str(HERE)}, "systems.gan was trained on digits"),
         ({"systems": {}}, "systems={}: there is nothing to measure"),
         ({"systems": {"training_images": "."}}, "systems=training_images: cannot be the name"),
         ({"classifier": "GAN"}, "holds no classifier"),
