@@ -227,7 +227,8 @@ def _held_out(
     )
 
 
-def _arguments(settings: PretrainConfig, steps: int) -> Any:
+def arguments_of(settings: PretrainConfig, steps: int, **overrides: Any) -> Any:
+    """The arguments of a ``PretrainTrainer`` that takes so many steps."""
     from transformers import Seq2SeqTrainingArguments
 
     from pipelines.seq2seq.training import training_arguments
@@ -238,6 +239,8 @@ def _arguments(settings: PretrainConfig, steps: int) -> Any:
         Seq2SeqTrainingArguments,
         max_steps=steps,
         num_train_epochs=1,
+        # The trainer itself casts: accelerate would turn all logits to float32 at once.
+        bf16=False,
         # The mixture itself is the order.
         train_sampling_strategy="sequential",
         eval_strategy="no" if eval_steps is None else "steps",
@@ -246,6 +249,7 @@ def _arguments(settings: PretrainConfig, steps: int) -> Any:
         metric_for_best_model="eval_rouge1" if settings.best == "rouge" else "eval_loss",
         greater_is_better=settings.best == "rouge",
         remove_unused_columns=False,
+        **overrides,
     )
 
 
@@ -269,6 +273,7 @@ def pretrain(config: PretrainConfig) -> dict[str, float]:
 
     from pipelines.precision import choose_precision
     from pipelines.seq2seq.generation import GenerationConfig
+    from pipelines.seq2seq.pretrain_speed import train_fast_on_cpu
     from pipelines.seq2seq.pretrain_trainer import PretrainTrainer
     from pipelines.seq2seq.training import checkpoint_marker, last_checkpoint, optimizer_choice, save_history
 
@@ -276,19 +281,18 @@ def pretrain(config: PretrainConfig) -> dict[str, float]:
     model, tokenizer = load_or_new(config)
     _check_tokenizer(config, tokenizer)
     precision = choose_precision(config.precision)
-    if state.device.type == "cpu" and precision == "bf16":
-        # The fused kernel for the CPU has no gradient for T5's bias, and what it falls back to is slower than this.
-        model.set_attn_implementation("eager")
+    if state.device.type == "cpu":
+        train_fast_on_cpu(model, precision)
     folder, pairs = _tokens(config, tokenizer, state.is_main_process)
     objectives = _objectives(config, tokenizer, folder, "train")
     pad, start = tokenizer.pad_token_id, model.config.decoder_start_token_id
     mixture = _mixture(config, objectives, state.num_processes, pad, start)
     trainer = PretrainTrainer(
         model=model,
-        args=_arguments(config, mixture.steps),
+        args=arguments_of(config, mixture.steps),
         train_dataset=mixture,
         eval_dataset=mixture,
-        data_collator=_as_it_is,
+        data_collator=as_it_is,
         processing_class=tokenizer,
         callbacks=[checkpoint_marker()],
     )
@@ -323,7 +327,7 @@ def pretrain(config: PretrainConfig) -> dict[str, float]:
     }
 
 
-def _as_it_is(batch: Any) -> Any:
+def as_it_is(batch: Any) -> Any:
     """The collator of batches that come ready-made."""
     return batch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipelines.seq2seq.generation import GenerationConfig, generate_summaries, inference
 from pipelines.seq2seq.metrics import rouge
 from pipelines.seq2seq.pretrain_data import IGNORED, Arrays, Mixture, Objective, model_inputs, seed_of
+from pipelines.seq2seq.pretrain_speed import SummedCrossEntropy
 from pipelines.seq2seq.sft_trainer import SFTTrainer
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
@@ -100,6 +102,17 @@ class PretrainTrainer(SFTTrainer):
         self._uncounted = self._uncounted + inputs["attention_mask"].sum() + (inputs["labels"] != IGNORED).sum()
         return super().training_step(model, inputs, *args, **kwargs)
 
+    def compute_loss_context_manager(self) -> contextlib.AbstractContextManager:
+        """Autocast to bfloat16 where that is the precision."""
+        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
+
+    def _mean_loss(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Cross-entropy over the tokens of the whole step, nats a token."""
+        total = SummedCrossEntropy.apply(outputs["logits"], labels)
+        return total / ((labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
+
     def count_tokens(self) -> int:
         """Tokens trained on so far, by all processes; kept in the trainer's state."""
         self.state.num_input_tokens_seen += round(self._summed([float(self._uncounted)])[0])
@@ -134,8 +147,7 @@ class PretrainTrainer(SFTTrainer):
         """
         start = time.monotonic()
         model = self.accelerator.unwrap_model(self.model)
-        precision = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32"
-        found = self._losses(model, precision) | self._rouge(model)
+        found = self._losses(model, self.settings.precision) | self._rouge(model)
         logs = {f"eval_{name}": value for name, value in found.items()}
         self.log(logs | {"eval_runtime": round(time.monotonic() - start, 2)})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
