@@ -179,7 +179,18 @@ class Reference:
         *,
         temperature: float = 1.0,
     ) -> Tensor:
-        """(R, T) fp32 log-probabilities of completions (source-major); 0 where the mask is 0."""
+        """Log-probabilities of B·K completions (source-major) of B sources, each source encoded once.
+
+        Args:
+            source_ids: (B, S), or whatever else the encoder reads.
+            source_mask: (B, S) or None.
+            completion_ids: (R, T) without the decoder's start token.
+            completion_mask: (R, T).
+            temperature: the reference is softmax(logits / temperature), as the policy is.
+
+        Returns:
+            (R, T) fp32 in nats, 0 where the mask is 0.
+        """
         with self.adapter_off.disable_adapter() if self.adapter_off is not None else nullcontext():
             states = encode(self.model, source_ids, source_mask)
             inputs = decoder_inputs(self.model, completion_ids)

@@ -83,7 +83,11 @@ def pick_probabilities(proxy: Sequence[float], n: int) -> np.ndarray:
 def analytic_kl(n: int) -> float:
     """log n − (n−1)/n: KL(best-of-n ‖ policy) in nats where no two samples score alike, else an upper bound.
 
-    Stiennon et al. (2020); that it is a bound: Beirami et al. (2024), theorem 3.1.
+    Stiennon et al. (2020), appendix G.3; Hilton and Gao (2022), "Measuring Goodhart's law". That it is a bound: Beirami
+    et al. (2024), theorem 3.1.
+
+    Args:
+        n: samples that one is picked from, at least 1.
     """
     import math
 

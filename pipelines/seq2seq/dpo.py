@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from pipelines.config import INERT, Problem, Source, config
+from pipelines.config import INERT, Problem, config
 from pipelines.corpus.fields import PreferenceFields
 from pipelines.errors import UserError
-from pipelines.seq2seq.lora import LoraFields, load_policy, lora_settings, merged
-from pipelines.seq2seq.models import model_problems
-from pipelines.seq2seq.training import LengthConfig, TrainingConfig
+from pipelines.seq2seq.direct import DirectFields, scored_and_saved, tokenized_splits, train_directly
+from pipelines.seq2seq.lora import load_policy
 
 LossType = Literal[
     "sigmoid",
@@ -37,12 +35,10 @@ _ANY_DIVERGENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robus
 
 
 @config
-class DPOStageConfig(PreferenceFields, LengthConfig, LoraFields, TrainingConfig):
+class DPOStageConfig(PreferenceFields, DirectFields):
     """Direct Preference Optimization of an encoder-decoder, on TRL's trainer."""
 
     output_dir: str = Field("runs/dpo", description="folder the stage writes into", json_schema_extra=INERT)
-    model: Source = Field(description="encoder-decoder to align, usually the supervised fine-tuned one; the reference")
-    beta: float = Field(0.1, gt=0, description="strength of the pull to the reference, in reward units a nat")
     loss_type: LossType | list[LossType] = Field("sigmoid", description="which of TRL's DPO losses, or a list of them")
     loss_weights: list[float] | None = Field(None, description="weights of a list of losses; null: all 1")
     label_smoothing: float = Field(
@@ -52,9 +48,6 @@ class DPOStageConfig(PreferenceFields, LengthConfig, LoraFields, TrainingConfig)
         "reverse_kl", description="divergence that ties the policy to the reference"
     )
     f_alpha: float = Field(0.5, gt=0, description="α of f_divergence=alpha_divergence; near 1 it is reverse KL")
-    precompute_ref_log_probs: bool = Field(
-        True, description="compute the reference's log-probabilities once before training and keep no reference model"
-    )
     sync_ref_model: bool = Field(
         False, description="move the reference after the policy now and then (TR-DPO); it is then computed online"
     )
@@ -62,8 +55,6 @@ class DPOStageConfig(PreferenceFields, LengthConfig, LoraFields, TrainingConfig)
     ref_model_mixup_alpha: float = Field(
         0.6, gt=0, le=1, description="a move takes the reference this share of the way to the policy; 1: all of it"
     )
-    learning_rate: float = Field(1e-5, gt=0, description="peak learning rate")
-    epochs: float = Field(1.0, gt=0, description="passes over the pairs")
 
     @property
     def loss_types(self) -> list[str]:
@@ -71,7 +62,7 @@ class DPOStageConfig(PreferenceFields, LengthConfig, LoraFields, TrainingConfig)
         return [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
 
     def problems(self) -> list[Problem]:
-        found = super().problems() + model_problems({"model": self.model})
+        found = super().problems()
         types = self.loss_types
         if self.label_smoothing and not set(types) & set(_SMOOTHED):
             mend = f"give label_smoothing=0, or loss_type one of {', '.join(_SMOOTHED)}"
@@ -113,9 +104,7 @@ def dpo(config: DPOStageConfig) -> dict[str, float]:
     """
     import numpy as np
     import torch
-    from accelerate import PartialState
     from transformers import set_seed
-    from trl import DPOConfig
 
     from pipelines.corpus import load_preferences
     from pipelines.seq2seq.collators import tokenize_pairs
@@ -123,29 +112,19 @@ def dpo(config: DPOStageConfig) -> dict[str, float]:
     from pipelines.seq2seq.losses import dpo_loss
     from pipelines.seq2seq.metrics import wins, with_interval
     from pipelines.seq2seq.models import load_tokenizer
-    from pipelines.seq2seq.training import (
-        checkpoint_marker,
-        global_batch,
-        last_checkpoint,
-        optimizer_choice,
-        save_history,
-        training_arguments,
-    )
+    from pipelines.seq2seq.training import global_batch
 
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.model, field="model")
     model = load_policy(config.model)
-    texts = load_preferences(config)
-    pairs, cut = {}, {}
-    for split in ("train", "validation", "test"):
-        pairs[split], cut[split] = tokenize_pairs(texts[split], tokenizer, config)
-
+    pairs, cut = tokenized_splits(load_preferences(config), lambda texts: tokenize_pairs(texts, tokenizer, config))
     global_batch(config, len(pairs["train"]), field="preferences", noun="pairs")
-    watch = len(pairs["validation"]) > 0
-    arguments = training_arguments(
+    policy = train_directly(
         config,
-        DPOConfig,
-        beta=config.beta,
+        EncoderDecoderDPOTrainer,
+        model,
+        pairs,
+        tokenizer,
         loss_type=config.loss_types,
         loss_weights=config.loss_weights,
         label_smoothing=config.label_smoothing,
@@ -154,48 +133,24 @@ def dpo(config: DPOStageConfig) -> dict[str, float]:
         sync_ref_model=config.sync_ref_model,
         ref_model_sync_steps=config.ref_model_sync_steps,
         ref_model_mixup_alpha=config.ref_model_mixup_alpha,
-        precompute_ref_log_probs=config.precompute_ref_log_probs,
-        precompute_ref_batch_size=config.eval_batch_size,
-        eval_strategy="steps" if watch else "no",
-        eval_steps=config.save_steps,
     )
-    trainer = EncoderDecoderDPOTrainer(
-        model,
-        arguments,
-        pairs["train"],
-        tokenizer,
-        config,
-        eval_dataset=pairs["validation"] if watch else None,
-        peft_config=lora_settings(config),
-        callbacks=[checkpoint_marker()],
-        optimizer_cls_and_kwargs=optimizer_choice(config),
-    )
-    trainer.train(resume_from_checkpoint=last_checkpoint(config))
-    save_history(trainer, config)
 
-    folder, main = Path(config.output_dir), PartialState().is_main_process
-    model = merged(trainer.accelerator.unwrap_model(trainer.model), config, folder, save=main)
-    device = next(model.parameters()).device
-    chosen, rejected = pair_log_probs(model, pairs["test"], tokenizer, config.eval_batch_size)
-    reference = load_policy(config.model).to(device)
-    chosen_reference, rejected_reference = pair_log_probs(reference, pairs["test"], tokenizer, config.eval_batch_size)
-    if not (np.isfinite(chosen).all() and np.isfinite(rejected).all()):
-        raise UserError("learning_rate", config.learning_rate, "the policy gives NaN log-probabilities", "lower it")
-    if main:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    PartialState().wait_for_everyone()
+    def score(model) -> tuple[np.ndarray, np.ndarray]:
+        found = pair_log_probs(model, pairs["test"], tokenizer, config.eval_batch_size)
+        if not np.isfinite(found).all():
+            raise UserError("learning_rate", config.learning_rate, "the policy gives NaN log-probabilities", "lower it")
+        return found
 
+    (chosen, rejected), (chosen_reference, rejected_reference) = scored_and_saved(config, policy, tokenizer, score)
     tensors = map(torch.from_numpy, (chosen, rejected, chosen_reference, rejected_reference))
     chosen_reward = config.beta * (chosen - chosen_reference)
     rejected_reward = config.beta * (rejected - rejected_reference)
-    documents, summaries = (sum(c[what] for c in cut.values()) for what in ("documents", "summaries"))
     total = sum(map(len, pairs.values()))
     return {
         "dpo/loss": dpo_loss(*tensors, beta=config.beta).mean().item(),
         **with_interval("dpo/accuracy", wins(chosen_reward, rejected_reward)),
         **with_interval("dpo/margin", chosen_reward - rejected_reward),
         "dpo/pairs": float(len(chosen)),
-        "dpo/truncated_documents": documents / total,
-        "dpo/truncated_summaries": summaries / (2 * total),
+        "dpo/truncated_documents": cut["documents"] / total,
+        "dpo/truncated_summaries": cut["summaries"] / (2 * total),
     }

@@ -46,7 +46,15 @@ class World:
     rewards: Tensor
 
     def log_probs(self, model: Any, *, gradient: bool = False) -> Tensor:
-        """(S, N) fp64: log π(y|x) of every completion under a model, by one teacher-forced pass."""
+        """log π(y|x) of every completion of every source under a model, by one teacher-forced pass.
+
+        Args:
+            model: an encoder-decoder over the world's vocabulary (it becomes a view).
+            gradient: whether they can be differentiated.
+
+        Returns:
+            (S, N) fp64; e to them sums to 1 in each row.
+        """
         model = as_view(model)
         source_ids, source_mask = pad_rows(self.sources, PAD)
         ids, mask = pad_rows(self.completions * len(self.sources), PAD)
@@ -56,7 +64,15 @@ class World:
         return found.double().sum(dim=1).view(len(self.sources), -1)
 
     def optimum(self, reference: Tensor, beta: float) -> Tensor:
-        """(S, N) fp64: log π* from the reference's log-probabilities (S, N)."""
+        """log π*, where E[r] − β KL(π‖π_ref) is largest (Ziegler et al. 2019; Rafailov et al. 2023, eq. 4).
+
+        Args:
+            reference: (S, N) log π_ref.
+            beta: β > 0, in units of reward a nat.
+
+        Returns:
+            (S, N) fp64.
+        """
         return torch.log_softmax(reference + self.rewards / beta, dim=1)
 
     def text(self, completion: list[int]) -> str:
@@ -74,7 +90,15 @@ class World:
 
 
 def make_world(*, vocabulary: int = 5, length: int = 3, sources: int = 2, spread: float = 1.0, seed: int = 0) -> World:
-    """A world with random rewards of standard deviation ``spread``."""
+    """A world with random rewards.
+
+    Args:
+        vocabulary: V, padding and end mark included.
+        length: T, tokens of a completion at most.
+        sources: how many prompts; each has rewards of its own.
+        spread: standard deviation of the rewards.
+        seed: of the rewards.
+    """
     generator = torch.Generator().manual_seed(seed)
     others = [token for token in range(vocabulary) if token != END]
     completions = [[*letters, END] for size in range(length) for letters in itertools.product(others, repeat=size)] + [
@@ -90,7 +114,7 @@ def make_world(*, vocabulary: int = 5, length: int = 3, sources: int = 2, spread
 
 
 def make_policy(world: World, *, width: int = 32, seed: int = 0) -> Any:
-    """A random one-layer BART over the world's vocabulary, without dropout.
+    """A random one-layer BART over the world's vocabulary, ``width`` wide, without dropout.
 
     BART because one layer of it learns any such table in a hundred steps; a T5 of that size, without biases and
     absolute positions, gets stuck long before, even when it is given the exact gradient of the divergence.
@@ -131,7 +155,15 @@ def make_tokenizer(world: World) -> Any:
 
 
 def divergence(log_probs: Tensor, optimum: Tensor) -> float:
-    """KL(π‖π*) in nats, the mean over sources: (S, N), (S, N) → a number."""
+    """KL(π‖π*) = Σ_y π(y|x) log(π(y|x)/π*(y|x)), the mean over sources.
+
+    Args:
+        log_probs: (S, N) log π.
+        optimum: (S, N) log π*.
+
+    Returns:
+        Nats.
+    """
     return float((log_probs.exp() * (log_probs - optimum)).sum(dim=1).mean())
 
 

@@ -97,27 +97,20 @@ def sequence_kl(
     import dataclasses
 
     import torch
-    from tqdm.auto import tqdm
 
-    from pipelines.seq2seq.collators import pad_rows
-    from pipelines.seq2seq.generation import inference, length_sorted_batches, sample_ids
+    from pipelines.seq2seq.generation import inference, sample_ids, source_batches
     from pipelines.seq2seq.sampling import prompt_keys
-    from pipelines.seq2seq.training import tokenize_sources
     from pipelines.seq2seq.view import as_view, encode, sequence_log_probs
 
     plain = dataclasses.replace(
         settings, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_beams=1, no_repeat_ngram_size=0
     )
-    device = next(policy.parameters()).device
     models = [as_view(policy), as_view(reference)]
     keys = prompt_keys(documents if ids is None else ids)
-    sources = tokenize_sources(tokenizer, list(documents), settings)["input_ids"]
     found = [0.0] * len(documents)
-    bar = tqdm(total=len(documents), desc=progress, unit="doc", disable=progress is None)
-    with bar, inference(policy), inference(reference):
-        for batch in length_sorted_batches([len(row) for row in sources], settings.generation_batch_size):
-            padded = pad_rows([sources[i] for i in batch], tokenizer.pad_token_id)
-            source_ids, source_mask = (tensor.to(device) for tensor in padded)
+    batches = source_batches(policy, tokenizer, documents, settings, progress=progress)
+    with inference(policy), inference(reference):
+        for batch, source_ids, source_mask in batches:
             rows, mask = sample_ids(
                 policy,
                 source_ids,
@@ -138,7 +131,6 @@ def sequence_kl(
             ratios = (ours - theirs).view(len(batch), samples).mean(dim=1)
             for index, ratio in zip(batch, ratios.tolist(), strict=True):
                 found[index] = ratio
-            bar.update(len(batch))
     return found
 
 

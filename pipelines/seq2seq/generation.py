@@ -221,6 +221,39 @@ def length_sorted_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
+def source_batches(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    settings: GenerationConfig,
+    *,
+    progress: str | None = None,
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """Documents tokenized, in padded batches of like length on the model's device.
+
+    Args:
+        model: whose device it is.
+        tokenizer: its tokenizer.
+        documents: texts, without the prefix.
+        settings: prefix, length and batch size are used.
+        progress: what the progress bar says; no bar without it.
+
+    Yields:
+        The positions of B documents, their ids (B, S) and their mask (B, S).
+    """
+    from tqdm.auto import tqdm
+
+    from pipelines.seq2seq.collators import pad_rows
+
+    device = next(model.parameters()).device
+    sources = tokenize_sources(tokenizer, list(documents), settings)["input_ids"] if len(documents) else []
+    with tqdm(total=len(sources), desc=progress, unit="doc", disable=progress is None) as bar:
+        for batch in length_sorted_batches([len(row) for row in sources], settings.generation_batch_size):
+            ids, mask = pad_rows([sources[i] for i in batch], tokenizer.pad_token_id)
+            yield batch, ids.to(device), mask.to(device)
+            bar.update(len(batch))
+
+
 def generate_summaries(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -254,25 +287,18 @@ def generate_summaries(
         UserError: a search with fewer beams than K, or lengths the model has no positions for.
     """
     import torch
-    from tqdm.auto import tqdm
 
-    from pipelines.seq2seq.collators import pad_rows
     from pipelines.seq2seq.sampling import prompt_keys
 
     check_lengths(model, settings)
     if not settings.do_sample and num_return_sequences > settings.num_beams:
         mend = f"give do_sample=true, or num_beams={num_return_sequences}"
         raise UserError("num_beams", settings.num_beams, f"cannot give {num_return_sequences} summaries each", mend)
-    device = next(model.parameters()).device
-    sources = tokenize_sources(tokenizer, list(documents), settings)["input_ids"] if len(documents) else []
     keys = prompt_keys(documents if ids is None else ids) if settings.do_sample else None
     found: list[list[str]] = [[] for _ in documents]
-    batches = length_sorted_batches([len(row) for row in sources], settings.generation_batch_size)
-    bar = tqdm(total=len(sources), desc=progress, unit="doc", disable=progress is None)
-    with bar, inference(model, settings.precision):
-        for batch in batches:
-            padded = pad_rows([sources[i] for i in batch], tokenizer.pad_token_id)
-            source_ids, source_mask = (tensor.to(device) for tensor in padded)
+    batches = source_batches(model, tokenizer, documents, settings, progress=progress)
+    with inference(model, settings.precision):
+        for batch, source_ids, source_mask in batches:
             if keys is not None:
                 rows, _ = sample_ids(
                     model,
@@ -294,5 +320,4 @@ def generate_summaries(
             texts = [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
             for place, index in enumerate(batch):
                 found[index] = texts[place * num_return_sequences : (place + 1) * num_return_sequences]
-            bar.update(len(batch))
     return found

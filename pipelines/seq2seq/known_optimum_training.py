@@ -203,9 +203,10 @@ def train_grpo(
     policy: Any = None,
     points: int = 20,
 ) -> list[list[float]]:
-    """GRPO without scaling by group deviations (which would weigh sources unequally); the rest as ``train_ppo``.
+    """GRPO without scaling by group deviations, which would weigh sources unequally (Liu et al. 2025, Dr. GRPO).
 
     Args:
+        task, folder, rollouts, samples, rate, epochs, seed, points: as for ``train_ppo``.
         kl_in: with ``loss`` it ends at another point, see ``token_divergence_optimum``.
         policy: a copy of the start that is trained in place; None makes one.
     """

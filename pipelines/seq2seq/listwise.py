@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from pipelines.config import INERT, Problem, Source, config
+from pipelines.config import INERT, config
 from pipelines.corpus.fields import RankingFields
 from pipelines.errors import UserError
-from pipelines.seq2seq.lora import LoraFields, load_policy, lora_settings, merged
-from pipelines.seq2seq.models import model_problems
-from pipelines.seq2seq.training import LengthConfig, TrainingConfig
+from pipelines.seq2seq.direct import DirectFields, scored_and_saved, tokenized_splits, train_directly
+from pipelines.seq2seq.lora import load_policy
 
 
 @config
-class ListwiseConfig(RankingFields, LengthConfig, LoraFields, TrainingConfig):
+class ListwiseConfig(RankingFields, DirectFields):
     """Listwise DPO of an encoder-decoder: the Plackett–Luce likelihood of whole rankings of K completions."""
 
     output_dir: str = Field("runs/listwise", description="folder the stage writes into", json_schema_extra=INERT)
-    model: Source = Field(description="encoder-decoder to align, usually the supervised fine-tuned one; the reference")
-    beta: float = Field(0.1, gt=0, description="strength of the pull to the reference, in reward units a nat")
     top_k: int | None = Field(
         None, ge=1, description="believe only so many leading places of each ranking; null: all that it has"
     )
-    precompute_ref_log_probs: bool = Field(
-        True, description="compute the reference's log-probabilities once before training and keep no reference model"
-    )
-    learning_rate: float = Field(1e-5, gt=0, description="peak learning rate")
-    epochs: float = Field(1.0, gt=0, description="passes over the lists")
     batch_size: int = Field(8, ge=1, description="lists a device takes in one forward pass")
-
-    def problems(self) -> list[Problem]:
-        return super().problems() + model_problems({"model": self.model})
 
 
 def listwise(config: ListwiseConfig) -> dict[str, float]:
@@ -54,75 +42,37 @@ def listwise(config: ListwiseConfig) -> dict[str, float]:
     """
     import math
 
-    from accelerate import PartialState
     from transformers import set_seed
-    from trl import DPOConfig
 
     from pipelines.corpus import load_rankings
     from pipelines.seq2seq.listwise_trainer import ListwiseDPOTrainer, list_log_probs, tokenize_rankings
     from pipelines.seq2seq.models import load_tokenizer
-    from pipelines.seq2seq.training import (
-        checkpoint_marker,
-        global_batch,
-        last_checkpoint,
-        optimizer_choice,
-        save_history,
-        training_arguments,
-    )
+    from pipelines.seq2seq.training import global_batch
 
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.model, field="model")
     model = load_policy(config.model)
-    texts = load_rankings(config)
-    lists, cut = {}, {}
-    for split in ("train", "validation", "test"):
-        lists[split], cut[split] = tokenize_rankings(texts[split], tokenizer, config, top_k=config.top_k)
-
+    lists, cut = tokenized_splits(
+        load_rankings(config), lambda texts: tokenize_rankings(texts, tokenizer, config, top_k=config.top_k)
+    )
     global_batch(config, len(lists["train"]), field="rankings", noun="lists")
-    watch = len(lists["validation"]) > 0
-    arguments = training_arguments(
-        config,
-        DPOConfig,
-        beta=config.beta,
-        precompute_ref_log_probs=config.precompute_ref_log_probs,
-        precompute_ref_batch_size=config.eval_batch_size,
-        eval_strategy="steps" if watch else "no",
-        eval_steps=config.save_steps,
-    )
-    trainer = ListwiseDPOTrainer(
-        model,
-        arguments,
-        lists["train"],
-        tokenizer,
-        config,
-        eval_dataset=lists["validation"] if watch else None,
-        peft_config=lora_settings(config),
-        callbacks=[checkpoint_marker()],
-        optimizer_cls_and_kwargs=optimizer_choice(config),
-    )
-    trainer.train(resume_from_checkpoint=last_checkpoint(config))
-    save_history(trainer, config)
+    trained = train_directly(config, ListwiseDPOTrainer, model, lists, tokenizer)
 
-    folder, main = Path(config.output_dir), PartialState().is_main_process
-    model = merged(trainer.accelerator.unwrap_model(trainer.model), config, folder, save=main)
-    device = next(model.parameters()).device
-    policy = list_log_probs(model, lists["test"], tokenizer, config.eval_batch_size)
-    reference = load_policy(config.model).to(device)
-    references = list_log_probs(reference, lists["test"], tokenizer, config.eval_batch_size)
-    if not all(math.isfinite(value) for values in policy for value in values):
-        raise UserError("learning_rate", config.learning_rate, "the policy gives NaN log-probabilities", "lower it")
-    if main:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    PartialState().wait_for_everyone()
+    def score(model) -> list[list[float]]:
+        found = list_log_probs(model, lists["test"], tokenizer, config.eval_batch_size)
+        if not all(math.isfinite(value) for values in found for value in values):
+            raise UserError("learning_rate", config.learning_rate, "the policy gives NaN log-probabilities", "lower it")
+        return found
+
+    policy, reference = scored_and_saved(config, trained, tokenizer, score)
     counts = {
-        f"listwise/truncated_{what}": sum(c[what] for c in cut.values()) / total
+        f"listwise/truncated_{what}": cut[what] / total
         for what, total in (
             ("documents", sum(map(len, lists.values()))),
             ("summaries", sum(len(ids) for part in lists.values() for ids in part["completion_ids"])),
         )
     }
-    return _metrics(config.beta, policy, references, lists["test"]) | counts
+    return _metrics(config.beta, policy, reference, lists["test"]) | counts
 
 
 def _metrics(beta: float, policy: list, reference: list, lists: Any) -> dict[str, float]:

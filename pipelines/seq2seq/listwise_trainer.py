@@ -99,7 +99,15 @@ class ListwiseDPOTrainer(EncoderDecoderDPOTrainer):
         return model(**given, labels=labels, fused_lm_head=True, use_cache=False).log_probs.sum(dim=1)
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        """(R,) log π_ref(y | x), without gradient; under LoRA with the adapter off."""
+        """log π_ref(y | x) of a batch's completions, summed over tokens; under LoRA with the adapter off.
+
+        Args:
+            model: the reference, or the policy whose adapter is switched off.
+            inputs: as ``ListCollator`` makes them.
+
+        Returns:
+            (R,) nats, without gradient.
+        """
         given = {name: value for name, value in inputs.items() if name not in ("ranking", "known", "ref_logps")}
         # TRL splits its rows into chosen and rejected halves.
         return torch.cat(super().compute_ref_log_probs(model, given))
@@ -165,9 +173,14 @@ def _by_source(values: Tensor, present: Tensor) -> Tensor:
 
 
 def best_and_worst(rewards: Tensor, ranking: Tensor) -> tuple[Tensor, Tensor]:
-    """Rewards of the first and the last of each ranking: (B, K) and (B, K) → two (B,).
+    """Rewards of the first and the last of each ranking.
 
-    The last of a ranking of which only the first places are known is one of those that are worse than them.
+    Args:
+        rewards: (B, K), as for ``plackett_luce_loss``.
+        ranking: (B, K), −1 beyond the end of a shorter list.
+
+    Returns:
+        Two (B,). The last of a ranking of which only the first places are known is one of those that are worse.
     """
     ends = torch.stack([torch.zeros_like(ranking[:, 0]), (ranking >= 0).sum(dim=1) - 1], dim=1)
     return rewards.gather(1, ranking.gather(1, ends)).unbind(dim=1)

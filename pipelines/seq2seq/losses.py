@@ -35,28 +35,53 @@ def token_log_probs(logits: Tensor, token_ids: Tensor, *, temperature: float = 1
 
 
 def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Entropy in nats of softmax(logits / temperature): (…, V) → (…) fp32."""
+    """Entropy of softmax(logits / temperature), −Σ_v p_v log p_v (Shannon 1948).
+
+    Args:
+        logits: (…, V), any floating type.
+        temperature: positive.
+
+    Returns:
+        (…) fp32, in nats, between 0 and log V.
+    """
     log_probs = torch.log_softmax(_wide(logits) / temperature, dim=-1)
     return -(log_probs.exp() * log_probs).sum(-1)
 
 
 def sequence_sum(values: Tensor, mask: Tensor) -> Tensor:
-    """Sum over the real tokens of each row: (R, T), (R, T) → (R,) fp32."""
+    """Sum over the real tokens of each row, as log π(y|x) = Σ_t log π(y_t|y_<t, x).
+
+    Args:
+        values: (R, T), of a token each.
+        mask: (R, T), 1 on the real tokens.
+
+    Returns:
+        (R,) fp32.
+    """
     return (_wide(values) * mask).sum(-1)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over all real tokens: a scalar; 0 where the mask is empty."""
+    """Mean over all real tokens.
+
+    Args:
+        values: any shape.
+        mask: the same shape, 1 where a value counts.
+
+    Returns:
+        A fp32 scalar; 0 where nothing counts.
+    """
     return (_wide(values) * mask).sum() / mask.sum().clamp(min=1)
 
 
 def bradley_terry_loss(
     chosen: Tensor, rejected: Tensor, *, margin: Tensor | None = None, centre: float = 0.0
 ) -> Tensor:
-    """Negative log-likelihood of the preferences under Bradley–Terry, per pair.
+    """Negative log-likelihood of the preferences under Bradley–Terry (1952), per pair.
 
-    −log σ(r_w − r_l − m) + c·(r_w + r_l)²; the margin is that of Llama 2 (Touvron et al. 2023, eq. 2), the centring
-    term that of Eisenstein et al. (2023, eq. 3), which fixes the scores' free constant near 0.
+    −log σ(r_w − r_l − m) + c·(r_w + r_l)². Without m and c it is the loss of Stiennon et al. (2020), section 3.4; the
+    margin is that of Llama 2 (Touvron et al. 2023, eq. 2), the centring term that of Eisenstein et al. (2023, eq. 3),
+    which fixes the scores' free constant near 0.
 
     Args:
         chosen: (B,) scores r_w.
@@ -102,7 +127,8 @@ def dpo_loss(
 
 
 def plackett_luce_loss(rewards: Tensor, ranking: Tensor, *, top_k: int | Tensor | None = None) -> Tensor:
-    """Negative log-likelihood of rankings under Plackett–Luce, per list (Plackett 1975; Rafailov et al. 2023, eq. 18).
+    """Negative log-likelihood of rankings under Plackett–Luce, per list (Luce 1959; Plackett 1975; Rafailov
+    et al. 2023, eq. 18).
 
     −Σ_{k ≤ top_k} log[ e^{r_k} / Σ_{j ≥ k} e^{r_j} ] with r_k the reward of what was ranked k-th: the best is drawn
     first, in proportion to e^r, then the next of those that are left. For two it is Bradley–Terry's.

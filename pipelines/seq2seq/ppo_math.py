@@ -68,7 +68,16 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coefficient: floa
 
 
 def penalize_missing_end(scores: Tensor, ended: Tensor, penalty: float) -> Tensor:
-    """Scores (R,) less ``penalty`` where a completion was cut before its end token; ``ended`` (R,) is bool."""
+    """Scores less a penalty where a completion was cut before its end token.
+
+    Args:
+        scores: (R,).
+        ended: (R,) bool, whether the end token came.
+        penalty: ≥ 0, in units of the score.
+
+    Returns:
+        (R,) fp32.
+    """
     return scores.float() - penalty * (~ended.bool()).float()
 
 
@@ -149,14 +158,29 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: 
 
 
 def approximate_kl(log_probs: Tensor, old_log_probs: Tensor, mask: Tensor) -> Tensor:
-    """Mean per-token KL(π_old‖π) in nats, a scalar: the k3 estimate from samples of π_old (Schulman 2020)."""
+    """Mean per-token KL(π_old‖π): the k3 estimate from samples of π_old (Schulman 2020, "Approximating KL divergence").
+
+    Args:
+        log_probs: (R, T) of the current policy.
+        old_log_probs: (R, T) of the policy that sampled.
+        mask: (R, T).
+
+    Returns:
+        A scalar in nats, never negative.
+    """
     return masked_mean(kl_estimate(old_log_probs, log_probs, "k3"), mask)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 − Var[R − V] / Var[R] over the real tokens: 1 for a perfect critic, 0 for a constant one; a scalar.
+    """1 − Var[R − V] / Var[R] over the real tokens: 1 for a perfect critic, 0 for a constant one, less for a worse.
 
-    0 where the returns do not vary.
+    Args:
+        values: (R, T), the critic's estimates V.
+        returns: (R, T), what they were to predict.
+        mask: (R, T).
+
+    Returns:
+        A scalar without unit; 0 where the returns do not vary.
     """
     _, whole = masked_moments(returns, mask)
     _, left = masked_moments(returns - values, mask)

@@ -345,9 +345,9 @@ class PPOTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """Clipped surrogate + value loss − entropy bonus (+ KL), averaged over the mini-batch's tokens.
+        """Clipped surrogate + value loss − entropy bonus (+ KL) of this process's rows, a scalar.
 
-        Schulman et al. (2017), eq. 9.
+        Schulman et al. (2017), eq. 9; a mean over the tokens of the whole mini-batch once processes have averaged.
         """
         args, mask = self.args, inputs["completion_mask"]
         names = ("source_ids", "source_mask", "completion_ids", "completion_mask")

@@ -10,6 +10,7 @@ from pydantic import Field
 from pipelines.config import INERT, Problem, Source, config
 from pipelines.corpus.fields import PreferenceFields
 from pipelines.errors import UserError
+from pipelines.seq2seq.direct import tokenized_splits
 from pipelines.seq2seq.models import model_problems
 from pipelines.seq2seq.training import LengthConfig, TrainingConfig
 
@@ -54,20 +55,13 @@ def reward(config: RewardConfig) -> dict[str, float]:
     from transformers import TrainingArguments, set_seed
 
     from pipelines.corpus import load_preferences
+    from pipelines.seq2seq import training
     from pipelines.seq2seq.collators import tokenize_pairs
     from pipelines.seq2seq.losses import bradley_terry_loss
     from pipelines.seq2seq.metrics import with_interval
     from pipelines.seq2seq.models import load_tokenizer
     from pipelines.seq2seq.reward_model import EncoderDecoderRewardModel
     from pipelines.seq2seq.reward_trainer import RewardTrainer, calibration, score_pairs
-    from pipelines.seq2seq.training import (
-        checkpoint_marker,
-        global_batch,
-        last_checkpoint,
-        optimizer_choice,
-        save_history,
-        training_arguments,
-    )
     from pipelines.seq2seq.view import silence_dropout
     from pipelines.stage import write_json
 
@@ -80,15 +74,13 @@ def reward(config: RewardConfig) -> dict[str, float]:
     if config.use_margin:
         texts = _scaled_margins(texts, config.margin_scale)
     keep = ("margin",) if config.use_margin else ()
-    pairs, cut = {}, {}
-    for split in ("train", "validation", "test"):
-        pairs[split], cut[split] = tokenize_pairs(texts[split], tokenizer, config, keep=keep)
+    pairs, cut = tokenized_splits(texts, lambda split: tokenize_pairs(split, tokenizer, config, keep=keep))
 
-    global_batch(config, len(pairs["train"]), field="preferences", noun="pairs")
+    training.global_batch(config, len(pairs["train"]), field="preferences", noun="pairs")
     watch = len(pairs["validation"]) > 0
     if config.keep == "best" and not watch:
         raise UserError("keep", "best", "there are no validation pairs to choose by", "give keep=last")
-    arguments = training_arguments(
+    arguments = training.training_arguments(
         config,
         TrainingArguments,
         eval_strategy="steps" if watch else "no",
@@ -105,11 +97,11 @@ def reward(config: RewardConfig) -> dict[str, float]:
         tokenizer,
         use_margin=config.use_margin,
         centre=config.centre,
-        callbacks=[checkpoint_marker()],
-        optimizer_cls_and_kwargs=optimizer_choice(config),
+        callbacks=[training.checkpoint_marker()],
+        optimizer_cls_and_kwargs=training.optimizer_choice(config),
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(config))
-    save_history(trainer, config)
+    trainer.train(resume_from_checkpoint=training.last_checkpoint(config))
+    training.save_history(trainer, config)
 
     folder, main = Path(config.output_dir), PartialState().is_main_process
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -131,7 +123,6 @@ def reward(config: RewardConfig) -> dict[str, float]:
 
     lengths = [np.array([len(text.split()) for text in texts["test"][side]]) for side in ("chosen", "rejected")]
     loss = bradley_terry_loss(torch.from_numpy(chosen), torch.from_numpy(rejected)).mean().item()
-    documents, summaries = (sum(c[what] for c in cut.values()) for what in ("documents", "summaries"))
     total = sum(map(len, pairs.values()))
     return {
         **with_interval("reward/accuracy", _right(chosen, rejected)),
@@ -140,8 +131,8 @@ def reward(config: RewardConfig) -> dict[str, float]:
         "reward/loss": loss,
         "reward/calibration_error": calibration_error,
         "reward/pairs": float(len(chosen)),
-        "reward/truncated_documents": documents / total,
-        "reward/truncated_summaries": summaries / (2 * total),
+        "reward/truncated_documents": cut["documents"] / total,
+        "reward/truncated_summaries": cut["summaries"] / (2 * total),
     }
 
 

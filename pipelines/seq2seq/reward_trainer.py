@@ -72,7 +72,17 @@ class RewardTrainer(HeldOutMeans, GroupedByLength, Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean Bradley–Terry loss of the pairs, a scalar; with ``return_outputs`` also their scores (B, 2)."""
+        """Mean Bradley–Terry loss of the pairs of a batch, as the Trainer asks for it.
+
+        Args:
+            model: the reward model, perhaps wrapped.
+            inputs: a batch as ``PairCollator`` makes it.
+            return_outputs: also give the scores.
+            num_items_in_batch: not read: the loss is a mean over pairs.
+
+        Returns:
+            A scalar in nats; with ``return_outputs`` also (B, 2) scores of chosen and rejected summaries.
+        """
         inputs = {name: value for name, value in inputs.items() if name != "completion_mask"}
         margin = inputs.pop("margin", None) if self.use_margin else None
         chosen, rejected = model(**inputs).logits.chunk(2)

@@ -27,7 +27,16 @@ if TYPE_CHECKING:
 def length_reward(
     documents: Sequence[str], summaries: Sequence[str], references: Sequence[Sequence[str]]
 ) -> list[float]:
-    """−|n − n_ref| / n_ref with n the number of words of a summary and n_ref that of its first reference."""
+    """−|n − n_ref| / n_ref with n the number of words of a summary and n_ref that of its first reference.
+
+    Args:
+        documents: N texts, not read.
+        summaries: N texts.
+        references: N lists of texts.
+
+    Returns:
+        N numbers, at best 0.
+    """
     scores = []
     for summary, several in zip(summaries, references, strict=True):
         wanted = max(1, len(several[0].split()))

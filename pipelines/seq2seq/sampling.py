@@ -92,7 +92,16 @@ def uniforms(keys: Tensor, position: int, size: int) -> Tensor:
 
 
 def gumbel_noise(keys: Tensor, position: int, vocabulary: int) -> Tensor:
-    """(R, V) fp32 standard Gumbel noise for one position of each completion; keys (R,) from ``stream_keys``."""
+    """Standard Gumbel noise for one position of each completion.
+
+    Args:
+        keys: (R,) int64 from ``stream_keys``.
+        position: of the token in its completion, from 0.
+        vocabulary: V.
+
+    Returns:
+        (R, V) fp32.
+    """
     # −log(−log(1 − u)): 1 − u is as uniform as u, and small u, the winners, keep their precision.
     return uniforms(keys, position, vocabulary).neg_().log1p_().neg_().log_().neg_()
 

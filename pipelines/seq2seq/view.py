@@ -302,7 +302,15 @@ def decode(
 
 
 def output_logits(model: Any, states: Tensor) -> Tensor:
-    """Logits (…, V) of decoder states (…, H) from ``decode``: output embedding, ``final_logits_bias``, soft cap."""
+    """Logits of decoder states: output embedding, ``final_logits_bias``, soft cap.
+
+    Args:
+        model: a view, or a PEFT model around one.
+        states: (…, H) from ``decode``.
+
+    Returns:
+        (…, V), those of the model's own forward.
+    """
     inner = unwrap(model)
     logits = inner.lm_head(states) if isinstance(getattr(inner, "lm_head", None), nn.Module) else None
     if logits is None:
@@ -331,7 +339,15 @@ def decoder_start_id(model: Any) -> int:
 
 
 def decoder_inputs(model: Any, completion_ids: Tensor) -> Tensor:
-    """``[decoder_start; completion[:-1]]`` (R, T): what the decoder reads to predict ``completion_ids`` (R, T)."""
+    """What the decoder reads to predict completions.
+
+    Args:
+        model: whose start token it is.
+        completion_ids: (R, T) without a start token.
+
+    Returns:
+        (R, T), ``[decoder_start; completion[:-1]]``.
+    """
     start = completion_ids.new_full((len(completion_ids), 1), decoder_start_id(model))
     return torch.cat([start, completion_ids[:, :-1]], dim=1)
 

@@ -57,6 +57,14 @@ def tiny_tokenizer(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tokenizer(tiny_tokenizer):
+    """``tiny_tokenizer``, loaded."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(tiny_tokenizer))
+
+
 def _save_t5(folder: Path, tokenizer_folder: Path, seed: int) -> Path:
     import torch
     from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration

@@ -8,29 +8,21 @@ import shutil
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from preference_environment import LENGTHS, arguments, same_outcome, stage_settings, t5
 from tiny_models import save_pairs, tiny
-from trl import DPOConfig
 
 from pipelines.errors import UserError
 from pipelines.seq2seq.collators import tokenize_pairs
 from pipelines.seq2seq.dpo import DPOStageConfig, dpo
 from pipelines.seq2seq.dpo_trainer import EncoderDecoderDPOTrainer, pair_log_probs
 from pipelines.seq2seq.losses import dpo_loss, sequence_sum
-from pipelines.seq2seq.training import LengthConfig, last_checkpoint
+from pipelines.seq2seq.training import last_checkpoint
 from pipelines.seq2seq.view import as_view, encode, sequence_log_probs
-
-LENGTHS = LengthConfig(max_source_length=64, max_target_length=16)
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory, tiny_corpus):
     return save_pairs(tmp_path_factory.mktemp("pairs") / "preferences", tiny_corpus)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_tokenizer):
-    return transformers.AutoTokenizer.from_pretrained(tiny_tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -40,36 +32,12 @@ def rows(pairs):
     return load_from_disk(str(pairs))["train"]
 
 
-def arguments(folder, **fields) -> DPOConfig:
-    given = {"learning_rate": 1e-3, "max_steps": 3, "logging_steps": 1, "per_device_train_batch_size": 8, "beta": 0.2}
-    fixed = {"bf16": False, "gradient_checkpointing": False, "use_cpu": True, "report_to": [], "save_strategy": "no"}
-    return DPOConfig(str(folder), **(given | fixed | fields))
-
-
-def t5(tiny_t5):
-    return transformers.AutoModelForSeq2SeqLM.from_pretrained(tiny_t5)
-
-
 def first_batch(trainer):
     return trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
 
 
 def settings(tiny_t5, pairs, output, **fields) -> DPOStageConfig:
-    given = {
-        "model": str(tiny_t5),
-        "preferences": str(pairs),
-        "output_dir": str(output),
-        "precision": "fp32",
-        "batch_size": 16,
-        "max_steps": 12,
-        "learning_rate": 3e-3,
-        "logging_steps": 1,
-        "save_steps": 4,
-        "warmup_ratio": 0.0,
-        "report_to": "none",
-        "max_target_length": 16,
-    }
-    return DPOStageConfig(**(given | fields))
+    return stage_settings(DPOStageConfig, output, model=tiny_t5, preferences=pairs, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -204,11 +172,7 @@ def test_resumed_training_is_the_uninterrupted_one_bit_for_bit(trained, tiny_t5,
     resumed = settings(tiny_t5, pairs, tmp_path / "again", precompute_ref_log_probs=cached)
     assert last_checkpoint(resumed).endswith(kept.name)
     assert dpo(resumed) == metrics
-    first, second = (load_file(folder / "model.safetensors") for folder in (output, tmp_path / "again"))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    histories = [json.loads((folder / "log_history.json").read_text()) for folder in (output, tmp_path / "again")]
-    assert histories[0] == histories[1]
+    assert same_outcome(output, tmp_path / "again")
 
 
 def test_nothing_is_written_beside_the_data(trained, pairs):
@@ -237,10 +201,7 @@ def test_lora_trains_adapters_only_and_saves_a_merged_plain_model(tiny_t5, pairs
     kept = tmp_path / "out" / "checkpoints" / "checkpoint-3"
     shutil.copytree(kept, tmp_path / "again" / "checkpoints" / kept.name)
     assert dpo(dataclasses.replace(config, output_dir=str(tmp_path / "again"))) == metrics
-    again = load_file(tmp_path / "again" / "model.safetensors")
-    assert all(
-        torch.equal(value, again[name]) for name, value in load_file(tmp_path / "out" / "model.safetensors").items()
-    )
+    assert same_outcome(tmp_path / "out", tmp_path / "again")
 
 
 def test_impossible_combinations_are_named():

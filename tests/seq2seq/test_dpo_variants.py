@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from datasets import Dataset
+from preference_environment import LENGTHS, arguments, t5
 from tiny_models import save_pairs, tiny
 from torch import Tensor
 from transformers import TrainerCallback
@@ -18,10 +18,9 @@ from pipelines.errors import UserError
 from pipelines.seq2seq.collators import tokenize_pairs
 from pipelines.seq2seq.dpo import DPOStageConfig, LossType
 from pipelines.seq2seq.dpo_trainer import EncoderDecoderDPOTrainer, pair_log_probs
-from pipelines.seq2seq.training import LengthConfig, checkpoint_marker
+from pipelines.seq2seq.training import checkpoint_marker
 from pipelines.seq2seq.view import as_view, decoder_inputs
 
-LENGTHS = LengthConfig(max_source_length=64, max_target_length=16)
 BETA, SMOOTHING, ALPHA = 0.7, 0.1, 0.3
 
 
@@ -33,17 +32,8 @@ def rows(tmp_path_factory, tiny_corpus):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny_tokenizer):
-    return transformers.AutoTokenizer.from_pretrained(tiny_tokenizer)
-
-
-@pytest.fixture(scope="module")
 def pairs(rows, tokenizer):
     return tokenize_pairs(rows, tokenizer, LENGTHS)[0]
-
-
-def t5(folder):
-    return transformers.AutoModelForSeq2SeqLM.from_pretrained(folder)
 
 
 def moved(model, size=0.3):
@@ -56,11 +46,9 @@ def moved(model, size=0.3):
 
 
 def make_trainer(model, folder, pairs, tokenizer, *, ref_model=None, peft_config=None, callbacks=None, **fields):
-    given = {"learning_rate": 1e-3, "max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 8, "beta": BETA}
-    fixed = {"bf16": False, "activation_checkpointing": False, "use_cpu": True, "report_to": [], "save_strategy": "no"}
-    arguments = DPOConfig(str(folder), **(given | fixed | fields))
+    given = arguments(folder, **({"max_steps": 1, "beta": BETA} | fields))
     more = {"ref_model": ref_model, "peft_config": peft_config, "callbacks": callbacks}
-    return EncoderDecoderDPOTrainer(model, arguments, pairs, tokenizer, LENGTHS, **more)
+    return EncoderDecoderDPOTrainer(model, given, pairs, tokenizer, LENGTHS, **more)
 
 
 def batch_of(trainer, count=6):

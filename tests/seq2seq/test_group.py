@@ -7,9 +7,9 @@ import shutil
 import pytest
 import torch
 import transformers
-from ppo_environment import VOCABULARY, count_w5, make_policy, make_sources, make_tokenizer
+from ppo_environment import VOCABULARY, StopAt, count_w5, make_policy, make_sources, make_tokenizer
 from safetensors.torch import load_file
-from transformers import BartConfig, BartForConditionalGeneration, TrainerCallback
+from transformers import BartConfig, BartForConditionalGeneration
 from trl import GRPOConfig, RLOOConfig
 
 from pipelines.errors import UserError
@@ -18,17 +18,6 @@ from pipelines.seq2seq.group_trainer import EncoderDecoderGRPOTrainer, EncoderDe
 from pipelines.seq2seq.rewards import RewardFunction, Rewards
 
 KINDS = {"grpo": (EncoderDecoderGRPOTrainer, GRPOConfig), "rloo": (EncoderDecoderRLOOTrainer, RLOOConfig)}
-
-
-class StopAt(TrainerCallback):
-    """Ends training at a step, as if the power went."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            control.should_training_stop = True
 
 
 def bart():

@@ -10,17 +10,14 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset, DatasetDict, load_from_disk
+from preference_environment import LENGTHS, arguments, same_outcome, stage_settings, t5
 from safetensors.torch import load_file
-from trl import DPOConfig
 
 from pipelines.seq2seq.dpo_trainer import EncoderDecoderDPOTrainer
 from pipelines.seq2seq.listwise import ListwiseConfig, listwise
 from pipelines.seq2seq.listwise_trainer import ListwiseDPOTrainer, list_log_probs, tokenize_rankings
 from pipelines.seq2seq.losses import plackett_luce_loss
-from pipelines.seq2seq.training import LengthConfig
 from pipelines.seq2seq.view import as_view
-
-LENGTHS = LengthConfig(max_source_length=64, max_target_length=16)
 
 
 def ranked(row, others, draw):
@@ -50,42 +47,17 @@ def rankings(tmp_path_factory, tiny_corpus):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny_tokenizer):
-    return transformers.AutoTokenizer.from_pretrained(tiny_tokenizer)
-
-
-@pytest.fixture(scope="module")
 def lists(rankings, tokenizer):
     return tokenize_rankings(load_from_disk(str(rankings))["train"], tokenizer, LENGTHS)[0]
 
 
-def t5(tiny_t5):
-    return transformers.AutoModelForSeq2SeqLM.from_pretrained(tiny_t5)
-
-
 def make_trainer(tiny_t5, lists, tokenizer, folder, *, cls=ListwiseDPOTrainer, **fields):
-    given = {"learning_rate": 1e-3, "max_steps": 3, "logging_steps": 1, "per_device_train_batch_size": 8, "beta": 0.5}
-    fixed = {"bf16": False, "gradient_checkpointing": False, "use_cpu": True, "report_to": [], "save_strategy": "no"}
-    arguments = DPOConfig(str(folder), **(given | fixed | fields))
-    return cls(t5(tiny_t5), arguments, lists, tokenizer, LENGTHS)
+    given = arguments(folder, **({"beta": 0.5} | fields))
+    return cls(t5(tiny_t5), given, lists, tokenizer, LENGTHS)
 
 
 def settings(tiny_t5, rankings, output, **fields) -> ListwiseConfig:
-    given = {
-        "model": str(tiny_t5),
-        "rankings": str(rankings),
-        "output_dir": str(output),
-        "precision": "fp32",
-        "batch_size": 16,
-        "max_steps": 12,
-        "learning_rate": 3e-3,
-        "logging_steps": 1,
-        "save_steps": 4,
-        "warmup_ratio": 0.0,
-        "report_to": "none",
-        "max_target_length": 16,
-    }
-    return ListwiseConfig(**(given | fields))
+    return stage_settings(ListwiseConfig, output, model=tiny_t5, rankings=rankings, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -209,10 +181,7 @@ def test_resumed_training_is_the_uninterrupted_one_bit_for_bit(trained, tiny_t5,
     shutil.copytree(kept, tmp_path / "again" / "checkpoints" / kept.name)
     resumed = settings(tiny_t5, rankings, tmp_path / "again", precompute_ref_log_probs=cached)
     assert listwise(resumed) == metrics
-    first, second = (load_file(folder / "model.safetensors") for folder in (output, tmp_path / "again"))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    histories = [json.loads((folder / "log_history.json").read_text()) for folder in (output, tmp_path / "again")]
-    assert histories[0] == histories[1]
+    assert same_outcome(output, tmp_path / "again")
 
 
 def test_lora_has_the_model_without_its_adapter_as_reference(tiny_t5, rankings, tmp_path):

@@ -15,11 +15,6 @@ DOCUMENTS, SUMMARIES = ["a b c d", "e f g"], ["a b", "e f g h"]
 REFERENCES = [["a b"], ["x y", "e f"]]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tiny_tokenizer):
-    return load_tokenizer(str(tiny_tokenizer))
-
-
 @pytest.fixture
 def user_module(tmp_path, monkeypatch):
     """A module of the user's in the working folder."""

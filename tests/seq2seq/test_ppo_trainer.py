@@ -4,21 +4,10 @@ import json
 
 import pytest
 import torch
-from ppo_environment import VOCABULARY, make_policy, make_trainer
-from transformers import T5ForConditionalGeneration, TrainerCallback
+from ppo_environment import VOCABULARY, StopAt, make_policy, make_trainer
+from transformers import T5ForConditionalGeneration
 
 from pipelines.seq2seq import ppo_trainer as module
-
-
-class StopAt(TrainerCallback):
-    """Ends training at a step, as if the power went."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            control.should_training_stop = True
 
 
 def record_compute_loss(trainer):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from preference_environment import same_outcome, stage_settings
 from tiny_models import FAMILIES, save_pairs, tiny, tiny_batch
 
 from pipelines.errors import UserError
@@ -26,21 +26,8 @@ def pairs(tmp_path_factory, tiny_corpus):
 
 
 def settings(tiny_t5, pairs, output, **fields) -> RewardConfig:
-    given = {
-        "model": str(tiny_t5),
-        "preferences": str(pairs),
-        "output_dir": str(output),
-        "precision": "fp32",
-        "batch_size": 16,
-        "max_steps": 24,
-        "learning_rate": 1e-2,
-        "logging_steps": 2,
-        "save_steps": 4,
-        "report_to": "none",
-        "prefix": "summarize: ",
-        "max_target_length": 16,
-    }
-    return RewardConfig(**(given | fields))
+    given = {"max_steps": 24, "learning_rate": 1e-2, "logging_steps": 2, "warmup_ratio": 0.1, "prefix": "summarize: "}
+    return stage_settings(RewardConfig, output, model=tiny_t5, preferences=pairs, **(given | fields))
 
 
 @pytest.fixture(scope="module")
@@ -173,11 +160,7 @@ def test_resumed_training_is_the_uninterrupted_one_bit_for_bit(trained, tiny_t5,
     resumed = settings(tiny_t5, pairs, tmp_path / "again")
     assert last_checkpoint(resumed).endswith(kept.name)
     assert reward(resumed) == metrics
-    first, second = (load_file(folder / "model.safetensors") for folder in (output, tmp_path / "again"))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    histories = [json.loads((folder / "log_history.json").read_text()) for folder in (output, tmp_path / "again")]
-    assert histories[0] == histories[1]
+    assert same_outcome(output, tmp_path / "again")
     assert (output / "calibration.json").read_text() == (tmp_path / "again" / "calibration.json").read_text()
 
 
