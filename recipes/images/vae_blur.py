@@ -1,6 +1,6 @@
 """Why reconstructions blur: sharpness of autoencoders against β, likelihood and the nats that the latent carries.
 
-python recipes/images/vae_blur.py
+accelerate launch recipes/images/vae_blur.py
 python recipes/images/vae_blur.py dataset=FOLDER_WITH_MNIST betas=[0.1,1,10] max_steps=5000
 """
 
