@@ -323,7 +323,7 @@ def test_training_goes_on_from_a_saved_pipeline(stages, tmp_path):
 
 def test_sharpness_follows_the_nats_that_the_latent_carries(stages, root, tmp_path):
     out = tmp_path / "blur"
-    words = ["architecture=mlp", "hidden=64", "latent_dim=8", "max_train=600", "max_test=60", "max_steps=150"]
+    words = ["architecture=mlp", "hidden=64", "latent_dim=8", "max_train=300", "max_test=60", "max_steps=100"]
     words += ["betas=[0.05,1,30]", "save_steps=100", "precision=fp32", "learning_rate=0.003", f"output_dir={out}"]
     code, printed, errors = stages.answer("--recipe", "images/vae_blur", *words)
     assert code == 0, printed + errors
