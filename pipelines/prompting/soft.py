@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 RESULTS_FILE = "results.json"
-_RUN_FILE = "run.json"
+_RUN_FILE = "training.json"
 _BARE: dict[TaskKind, dict[str, Any]] = {
     "words": {"like": "few_shot", "shots": 0},
     "multiple_choice": {"like": "few_shot", "shots": 0},

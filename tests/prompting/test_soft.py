@@ -82,14 +82,14 @@ def test_killed_in_its_second_training_it_ends_with_the_same_bits(
     code, printed = prompting_cli.run(*argv, kill_at_step=11)  # six of the first, the fifth of the second
     assert code == -signal.SIGKILL, printed[-3000:]
     partial = tmp_path / ".killed.partial"
-    assert (partial / "16-examples-seed0" / "run.json").exists()
+    assert (partial / "16-examples-seed0" / "training.json").exists()
     assert not (partial / "16-examples-seed1").exists()
     saved = {path.parent.name for path in partial.rglob("checkpoints/16-examples-seed1/*/complete")}
     assert saved == {"checkpoint-2", "checkpoint-4"}
-    before = (partial / "16-examples-seed0" / "run.json").stat().st_mtime_ns
+    before = (partial / "16-examples-seed0" / "training.json").stat().st_mtime_ns
     code, printed = prompting_cli.run(*argv)
     assert code == 0, printed[-3000:]
-    assert (killed / "16-examples-seed0" / "run.json").stat().st_mtime_ns == before  # not done again
+    assert (killed / "16-examples-seed0" / "training.json").stat().st_mtime_ns == before  # not done again
     assert digests(killed) == digests(whole)
 
 
