@@ -150,12 +150,9 @@ class _Groups:
         model = self.accelerator.unwrap_model(self.model_wrapped)
         for chosen in (order[start : start + size] for start in range(0, len(order), size)):
             ids, mask = (tensor.to(device) for tensor in pad_rows([sources[i]["input_ids"] for i in chosen], pad))
-            sampler = GumbelSampler(
-                self.args.seed,
-                keys[chosen].to(device).repeat_interleave(samples),
-                torch.arange(samples, device=device).repeat(len(chosen)),
-                step=self._step // self._steps_a_rollout,
-                temperature=self.temperature,
+            step = self._step // self._steps_a_rollout
+            sampler = GumbelSampler.of_samples(
+                self.args.seed, keys[chosen].to(device), samples, step=step, temperature=self.temperature
             )
             with self.accelerator.autocast():
                 found, found_mask = sample_completions(

@@ -223,12 +223,8 @@ class PPOTrainer(Trainer):
             sources = {name: tensor.to(args.device) for name, tensor in sources.items()}
             ids, mask = sources[source_name(self.model.policy)], sources.get("attention_mask")
             states = encode(self.model.policy, ids, mask)
-            sampler = GumbelSampler(
-                args.seed,
-                keys[chosen].to(args.device).repeat_interleave(samples),
-                torch.arange(samples, device=args.device).repeat(len(chosen)),
-                step=number,
-                temperature=args.temperature,
+            sampler = GumbelSampler.of_samples(
+                args.seed, keys[chosen].to(args.device), samples, step=number, temperature=args.temperature
             )
             completion_ids, completion_mask = sample_completions(
                 self.model.policy,

@@ -133,6 +133,22 @@ class GumbelSampler(LogitsProcessor):
         self.keys = stream_keys(seed, prompt_keys, sample_numbers.to(prompt_keys), step)
         self.temperature = temperature
 
+    @classmethod
+    def of_samples(
+        cls, seed: int, prompt_keys: Tensor, samples: int, *, step: int = 0, temperature: float = 1.0
+    ) -> GumbelSampler:
+        """K completions of each of B prompts, rows source-major: row b·K + k draws completion k of prompt b.
+
+        Args:
+            seed: seed of the run.
+            prompt_keys: (B,) int64.
+            samples: K.
+            step: which visit to the prompts this is.
+            temperature: positive.
+        """
+        numbers = torch.arange(samples, device=prompt_keys.device).repeat(len(prompt_keys))
+        return cls(seed, prompt_keys.repeat_interleave(samples), numbers, step, temperature)
+
     def at(self, position: int, logits: Tensor, rows: Tensor | None = None) -> Tensor:
         """Perturbed logits (R, V) fp32 at a position; ``rows`` says which rows these are where some are left out."""
         keys = (self.keys if rows is None else self.keys[rows]).to(logits.device)

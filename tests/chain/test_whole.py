@@ -32,6 +32,15 @@ def test_every_mean_of_a_system_has_an_interval(uninterrupted):
             assert metrics[f"{key}_ci_low"] <= value <= metrics[f"{key}_ci_high"], key
 
 
+def test_the_report_shows_what_ppo_wrote(uninterrupted):
+    report = (uninterrupted / "report.html").read_text()
+    lines = [json.loads(line) for line in (uninterrupted / "ppo" / "samples.jsonl").read_text().splitlines()]
+    assert "Samples of the first and the last rollout" in report
+    for line in (lines[0], lines[-1]):
+        assert line["document"] in report
+        assert line["text"] in report
+
+
 def test_aligned_models_are_plain_ones(uninterrupted):
     from transformers import AutoTokenizer, T5ForConditionalGeneration
 
@@ -74,7 +83,7 @@ def test_the_other_methods_run_on_what_a_demo_left(genalign, uninterrupted, root
     shutil.copytree(uninterrupted, tmp_path / "runs" / "demo")
     small = "max_source_length=40 max_target_length=12 precision=fp32 batch_size=8 logging_steps=2 save_steps=4 "
     small += "rollouts=2 sources_per_rollout=8 samples_per_source=2 mini_batch_size=8 listwise.max_steps=4 "
-    small += "best_of_n.samples=4 evaluate.resamples=200"
+    small += "best_of_n.samples=4 evaluate.resamples=200 known_optimum.preference_steps=2 known_optimum.samples=8"
     code, _, errors = genalign.answer("run", "methods", *small.split(), cwd=tmp_path)
     assert code == 0, errors
     metrics = json.loads((tmp_path / "runs" / "methods" / "metrics.json").read_text())
@@ -84,4 +93,5 @@ def test_the_other_methods_run_on_what_a_demo_left(genalign, uninterrupted, root
         assert any(pattern.fullmatch(plain) for pattern in patterns), f"docs/metrics.md does not explain {plain}"
     assert {f"{name}/gold_win_rate" for name in ("ppo", "dpo", "listwise", "grpo", "rloo")} <= set(metrics)
     report = (tmp_path / "runs" / "methods" / "report.html").read_text()
-    assert "Best of n" in report or "Best-of-n" in report
+    assert "Best of n" in report
+    assert "The known optimum" in report
