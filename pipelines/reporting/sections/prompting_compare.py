@@ -16,6 +16,7 @@ from pipelines.reporting.run import Run, anchor
 from pipelines.reporting.tables import Cell, Table, html_table
 
 KINDS = ("compare",)
+_MARKERS = "osD"
 _SHOWN = {
     "accuracy": ("Right, %", Measure("", digits=1, scale=100.0), Measure("", digits=1, scale=100.0, signed=True)),
     "rouge1": ("ROUGE-1", Measure("", digits=1), Measure("", digits=1, signed=True)),
@@ -86,13 +87,14 @@ def _figure(name: str, comparison: Mapping[str, Any]) -> Markup:
             axis.set_ylabel(label)
             axis.margins(x=0.06)
         prompts = sorted((p for p in hard if p["examples"]), key=lambda p: p["examples"])
-        _draw(second, prompts, "examples", measure.scale, plots.MUTED, "written")
+        _draw(second, prompts, "examples", measure.scale, (plots.MUTED, "o"), "written")
         for number, (system, points) in enumerate(learnt.items()):
-            colour = plots.SERIES[number % len(plots.SERIES)]
+            # Where the colours begin anew, another marker tells the systems apart.
+            style = plots.SERIES[number % len(plots.SERIES)], _MARKERS[number // len(plots.SERIES) % len(_MARKERS)]
             whole = [point for point in points if point["whole"]]
-            _draw(first, whole, "trained", measure.scale, colour, system.replace("_", " "))
+            _draw(first, whole, "trained", measure.scale, style, system.replace("_", " "))
             ordered = sorted(points, key=lambda point: point["examples"])
-            _draw(second, ordered, "examples", measure.scale, colour, "")
+            _draw(second, ordered, "examples", measure.scale, style, "")
         first.set_xlabel("trained parameters")
         second.set_xlabel("examples: shots of a written prompt, or training examples")
         for axis in (first, second):
@@ -110,8 +112,9 @@ def _told(name: str, point: Point, measure: Measure) -> str:
     return f"{name.replace('_', ' ')} {measure.number(point['value'])}"
 
 
-def _draw(axis: Axes, points: Sequence[Point], across: str, scale: float, colour: str, label: str) -> None:
-    x = [point[across] for point in points]
+def _draw(axis: Axes, points: Sequence[Point], across: str, scale: float, style: tuple[str, str], label: str) -> None:
+    colour, marker = style
     for point in points:
         axis.plot([point[across]] * 2, [point["low"] * scale, point["high"] * scale], color=colour, linewidth=1.2)
-    axis.plot(x, [p["value"] * scale for p in points], color=colour, marker="o", markersize=3.5, label=label or None)
+    x, y = [point[across] for point in points], [point["value"] * scale for point in points]
+    axis.plot(x, y, color=colour, marker=marker, markersize=4, label=label or None)
