@@ -102,17 +102,18 @@ class GANGenerator(ModelMixin, ConfigMixin):
         super().__init__()
         side = sample_size >> stages
         layers: list[nn.Module] = [
-            nn.Linear(latent_dim, hidden),
+            # No biases before a batch norm, which takes them out again: their gradients would be nothing but rounding.
+            nn.Linear(latent_dim, hidden, bias=False),
             BatchNorm(hidden),
             nn.ReLU(),
-            nn.Linear(hidden, width * side * side),
+            nn.Linear(hidden, width * side * side, bias=False),
             BatchNorm(width * side * side),
             nn.ReLU(),
             nn.Unflatten(1, (width, side, side)),
         ]
         incoming = width
         for _ in range(stages - 1):
-            layers += [nn.PixelShuffle(2), nn.Conv2d(incoming // 4, width // 2, 3, padding=1)]
+            layers += [nn.PixelShuffle(2), nn.Conv2d(incoming // 4, width // 2, 3, padding=1, bias=False)]
             layers += [BatchNorm(width // 2), nn.ReLU()]
             incoming = width // 2
         layers += [nn.PixelShuffle(2), nn.Conv2d(incoming // 4, channels, 3, padding=1), nn.Tanh()]
