@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from pipelines.config import validate
 from pipelines.errors import UserError
 from pipelines.seq2seq.pretrain import PretrainConfig, pretrain, sentinel_ids
+from tests.chain.test_whole import documented
 
 FIELDS = {
     "max_source_length": 32,
@@ -70,7 +71,7 @@ def _weights(config: PretrainConfig) -> dict[str, torch.Tensor]:
     return load_file(Path(config.output_dir) / "model.safetensors")
 
 
-def test_held_out_losses_fall_and_the_folder_is_a_plain_model(configure):
+def test_held_out_losses_fall_and_the_folder_is_a_plain_model(configure, root):
     from transformers import AutoTokenizer, T5ForConditionalGeneration
 
     config = configure(
@@ -99,6 +100,8 @@ def test_held_out_losses_fall_and_the_folder_is_a_plain_model(configure):
     assert {tensor.dtype for tensor in _weights(config).values()} == {torch.bfloat16}
     assert metrics["pretrain/parameters"] == sum(p.numel() for p in model.parameters())
     assert model.generation_config.max_new_tokens == 12
+    for key in metrics:
+        assert any(pattern.fullmatch(key) for pattern in documented(root)), key
     names = {path.name for path in Path(config.output_dir).iterdir()}
     assert "training_args.bin" not in names
 
