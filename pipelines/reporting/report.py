@@ -113,6 +113,10 @@ def _headline(run: Run) -> list[tuple[str, str, str, str]]:
         else:
             wanted.append((f"{system}/gold_win_rate", f"{system_label(system)} beats {base} (gold)"))
             wanted.append((f"{system}/kl", f"{system_label(system)}, KL to {base}"))
+    for key in run.metrics:
+        system, _, measure = key.rpartition("/")
+        if measure == "frechet_distance" and system in run.order:
+            wanted.append((key, f"{system_label(system)}, Fréchet distance"))
     found = []
     for key, name in wanted:
         value = estimate(run.metrics, key)
