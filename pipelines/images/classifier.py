@@ -30,6 +30,11 @@ class ClassifierConfig(ImageTrainingConfig):
     binarized_share: float = Field(
         0.5, ge=0, le=1, description="share of the images drawn in black and white, so that it knows binary samples too"
     )
+    binarized_as: Literal["bernoulli", "threshold"] = Field(
+        "bernoulli",
+        description="how those are drawn: each pixel white with the probability that its grey level is, or"
+        " from `threshold` on",
+    )
     width: int = Field(32, ge=1, description="channels of its first convolution")
     features: int = Field(64, ge=2, description="values before the last layer, which images are compared by")
     ema_decay: float = Field(0.99, ge=0, lt=1, description="exponential moving average of the weights; 0: none")

@@ -121,6 +121,12 @@ class ClassifierMethod:
         turns = draws.integers(0, 4)
         return quarter_turns(batch.images, turns), turns
 
+    def _binary(self, images: Tensor, draws: Draws) -> Tensor:
+        """The images in black and white, as samples of binary models will be."""
+        if self.config.binarized_as == "threshold":
+            return (images >= self.config.threshold).float()
+        return (draws.uniform(*images.shape[1:]) < images).float()
+
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """See ``Method.optimizers``."""
         return {"classifier": adam(self.parts["classifier"].parameters(), self.config)}
@@ -128,9 +134,9 @@ class ClassifierMethod:
     def loss(self, phase: str, batch: Batch, draws: Draws, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy, in nats an image."""
         images, labels = self._task(batch, draws)
-        binary = draws.uniform(*images.shape[1:]) < images
+        binary = self._binary(images, draws)
         drawn = draws.uniform(1, 1, 1) < self.config.binarized_share
-        logits = self.parts["classifier"](torch.where(drawn, binary.float(), images)).float()
+        logits = self.parts["classifier"](torch.where(drawn, binary, images)).float()
         return cross_entropy(logits, labels), {"accuracy": (logits.argmax(1) == labels).float().mean()}
 
     def evaluate(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
@@ -140,8 +146,8 @@ class ClassifierMethod:
         found = {"loss": cross_entropy(logits, labels, reduction="none")}
         found["accuracy"] = (logits.argmax(1) == labels).float()
         if self.config.binarized_share:
-            binary = (draws.uniform(*images.shape[1:]) < images).float()
-            found["binary_accuracy"] = (network(binary).argmax(1) == labels).float()
+            told = network(self._binary(images, draws)).argmax(1)
+            found["binary_accuracy"] = (told == labels).float()
         return found
 
 

@@ -254,7 +254,7 @@ def measure_all(config: MeasureConfig) -> dict[str, float]:
             found = judge.represented(drawn, 2 + place)
             measures, distances, places = judge.memory_of(found)
             measures = judge.features_of(found) | measures
-            if grey is not None and bool(((levels > 0) & (levels < 255)).any()):
+            if grey is not None and _knows_grey(one, levels):
                 features = grey.features_of(grey.represented(drawn, 0))
                 measures["grey_frechet_distance"] = features["frechet_distance"]
             bound = bound_of(one)
@@ -271,6 +271,11 @@ def measure_all(config: MeasureConfig) -> dict[str, float]:
         write_json(folder / "timing.json", {"seconds_a_sample": seconds})
     state.wait_for_everyone()
     return metrics
+
+
+def _knows_grey(folder: str, levels: Tensor) -> bool:
+    """Whether a pipeline draws grey levels that are meant to be those of the data (or their expectation)."""
+    return stage_config(folder).get("binarize") != "threshold" and bool(((levels > 0) & (levels < 255)).any())
 
 
 def _classifier(config: MeasureConfig, images: ImageSet) -> ImageClassifier:
