@@ -88,7 +88,7 @@ def combination_that_cannot_be(at: At) -> Wrong:
 
 @kind
 def needed_value_missing(at: At) -> Wrong:
-    says = ["preferences=: a value is needed; give preferences=… (…)", "model=: a value is needed; give model=… (…)"]
+    says = ["model=: a value is needed; give model=… (…)", "preferences=: a value is needed; give preferences=… (…)"]
     return Wrong(at.recipe("dpo"), says)
 
 

@@ -4,11 +4,21 @@ import math
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from ppo_environment import make_trainer
 from preference_environment import LENGTHS, arguments, t5
 from tiny_models import save_pairs
 
 from pipelines.seq2seq.dpo_trainer import EncoderDecoderDPOTrainer
+
+
+@pytest.fixture(autouse=True)
+def precision_stays_here(monkeypatch):
+    """Accelerate's state and the Trainer's variable outlive a trainer: what comes after would train in bf16 too."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
