@@ -1,6 +1,6 @@
 """How near each method comes to the optimum, in a world whose completions can all be enumerated (no data needed).
 
-accelerate launch recipes/summarization/known_optimum.py output_dir=runs/known_optimum length=3 preference_steps=300 rollouts=150
+accelerate launch recipes/summarization/known_optimum.py output_dir=runs/known_optimum length=3 rollouts=150
 """
 
 from pipelines.recipe import recipe

