@@ -112,9 +112,11 @@ def _often(tasks: Mapping[str, Mapping[str, str]]) -> dict[str, set[str]]:
     return {name: rare if name == "plural" else set(tasks["plural"]) for name in tasks}
 
 
-def _short(task: Task, longest: int) -> Task:
-    """The task without the words that are longer than so many letters."""
+def _usable(task: Task, longest: int) -> Task:
+    """The task without words longer than so many letters, and without training nouns that share a held-out plural."""
     splits = {s: [e for e in getattr(task, s) if len(e.input) <= longest] for s in ("train", "validation", "test")}
+    hidden = {e.answer for s in ("validation", "test") for e in splits[s]}
+    splits["train"] = [e for e in splits["train"] if e.answer not in hidden]
     return dataclasses.replace(task, **splits)
 
 
@@ -156,7 +158,7 @@ def word_model(config: WordModelConfig) -> dict[str, float]:
     )
 
     state = PartialState()
-    task = _short(load_task(config), config.longest_word)
+    task = _usable(load_task(config), config.longest_word)
     tasks, held_out, metrics = _tasks(config, task)
     tokenizer = character_tokenizer(config.max_positions)
     set_seed(config.seed)

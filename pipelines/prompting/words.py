@@ -89,7 +89,7 @@ def word_tasks(
     Args:
         vocabulary: words and verbs.
         plurals: training noun -> its plural.
-        held_out: nouns -> plurals of which neither may be seen: no word and no past or participle here is one of them.
+        held_out: nouns -> plurals of which neither may be seen: no word and no answer here is one of them.
 
     Returns:
         ``plural``, ``past``, ``participle``, ``article``, ``add_s``, ``copy``, ``reverse``, ``upper``, ``capitalize``,
@@ -102,7 +102,7 @@ def word_tasks(
     hidden = {*held_out, *held_out.values()}
     words = sorted({*vocabulary.words, *plurals} - hidden)
     verbs = [v for v in vocabulary.past if not {v, vocabulary.past[v], vocabulary.participle[v]} & hidden]
-    return {
+    tasks = {
         "plural": dict(plurals),
         "past": {verb: vocabulary.past[verb] for verb in verbs},
         "participle": {verb: vocabulary.participle[verb] for verb in verbs},
@@ -114,4 +114,9 @@ def word_tasks(
         "capitalize": {word: word.capitalize() for word in words},
         "first_letter": {word: word[0] for word in words},
         "last_letter": {word: word[-1] for word in words},
+    }
+    # The plural of *base* is that of *basis*, and *pot* with an s behind it is *pots*: so answers are looked at too.
+    return {
+        name: {word: answer for word, answer in pairs.items() if not {word, answer.lower()} & hidden}
+        for name, pairs in tasks.items()
     }

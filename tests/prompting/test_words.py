@@ -46,7 +46,8 @@ def test_tasks_do_what_they_are_called_and_hide_what_is_held_out():
         ("apple", "boxes", "city", "hour", "mapped", "walk", "walked"), {"walk": "walked", "map": "mapped"},
         {"walk": "walking", "map": "mapping"},
     )  # fmt: skip
-    tasks = word_tasks(words, {"city": "cities"}, {"box": "boxes", "map": "maps", "walked": "walkeds"})
+    held_out = {"box": "boxes", "map": "maps", "walked": "walkeds", "paw": "elppa", "hour glass": "hours"}
+    tasks = word_tasks(words, {"city": "cities"}, held_out)
     seen = {word for pairs in tasks.values() for word in pairs}
     assert seen == {"apple", "city", "hour", "mapped", "walk"}
     assert not {"box", "boxes", "map", "maps", "walked"} & (seen | set(tasks["past"].values()))
@@ -56,6 +57,8 @@ def test_tasks_do_what_they_are_called_and_hide_what_is_held_out():
         ("capitalize", "city", "City"), ("first_letter", "city", "c"), ("last_letter", "city", "y"),
     ):  # fmt: skip
         assert tasks[name][word] == answer
+    assert "apple" not in tasks["reverse"]  # it would write a held-out plural
+    assert "hour" not in tasks["add_s"]
     assert tasks["past"] == tasks["participle"] == {}  # map is held out, and so is the form walked
 
 
