@@ -14,8 +14,8 @@ from pipelines.config import validate
 from pipelines.errors import UserError
 from pipelines.prompting.backends import Sampling
 from pipelines.prompting.backends_local import LocalBackend, load_local
-from pipelines.prompting.tasks import load_task
-from pipelines.prompting.word_model import WordModelConfig, _often, _tasks
+from pipelines.prompting.tasks import Example, Task, load_task
+from pipelines.prompting.word_model import WordModelConfig, _often, _tasks, _usable
 from pipelines.prompting.word_model_data import Episodes, answers_right, by_position, character_tokenizer
 from tests.images.conftest import check_two_processes
 
@@ -178,3 +178,13 @@ def test_too_little_text_is_one_line(words, tmp_path):
     config = config_of(words, text=str(file))
     with pytest.raises(UserError, match=r"text=.*gives 2 words and 0 verbs; give more English text"):
         _tasks(config, load_task(config))
+
+
+def test_a_training_noun_that_shares_a_held_out_plural_is_left_out():
+    def split(*pairs):
+        return [Example(noun, noun, plural) for noun, plural in pairs]
+
+    train = split(("base", "bases"), ("city", "cities"), ("encyclopedia", "encyclopedias"))
+    found = _usable(Task("words", train, split(("cup", "cups")), split(("basis", "bases"))), 10)
+    assert [e.input for e in found.train] == ["city"]
+    assert [e.input for e in found.test] == ["basis"]
