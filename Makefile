@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "installing pinned packages into $(VENV) (once, 1 to 3 minutes) …"
 	@start=$$(date +%s) && \
 	    $(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0 && \
-	    $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[images,prompting,dev]' && \
+	    $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[images,prompting,problems,dev]' && \
 	    echo $$(( $$(date +%s) - start )) > $@
 
 demo: $(STAMP) ## corpus -> tokenizer -> SFT -> preferences -> reward model -> PPO -> DPO -> evaluation -> report
