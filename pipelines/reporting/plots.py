@@ -119,10 +119,7 @@ def svg(figure: Figure, name: str, alt: str, *, standalone: bool = False) -> str
     if standalone:
         return text
     text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
-    text = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', text)
-    text = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", text)
+    text = prefixed(re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL), name)
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, f"var({variable}, {colour})")
     text = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--font, sans-serif)", text)
@@ -131,6 +128,13 @@ def svg(figure: Figure, name: str, alt: str, *, standalone: bool = False) -> str
     alt = alt.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     return f'<svg {spaces} {box} role="img" aria-label="{alt}">{rest}'
+
+
+def prefixed(text: str, name: str) -> str:
+    """The SVG text with ``name`` and a dash before every id, so that two figures of one page share none."""
+    text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
+    text = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', text)
+    return re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", text)
 
 
 def new_figure(
@@ -149,8 +153,8 @@ def new_figure(
     return figure, list(axes)
 
 
-def lines(name: str, panels: Sequence[Panel], xlabel: str, alt: str) -> str:
-    """Curves in panels that share the horizontal axis, as SVG."""
+def lines(name: str, panels: Sequence[Panel], xlabel: str, alt: str, *, logx: bool = False) -> str:
+    """Curves in panels that share the horizontal axis (``logx``: a logarithmic one), as SVG."""
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(len(panels), height=2.6 if len(panels) == 1 else 1.75 * len(panels), sharex=True)
         for number, (axis, panel) in enumerate(zip(axes, panels, strict=True)):
@@ -168,7 +172,10 @@ def lines(name: str, panels: Sequence[Panel], xlabel: str, alt: str) -> str:
                 axis.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, borderaxespad=0.1, handlelength=1.4)
         axes[-1].set_xlabel(xlabel)
         figure.align_ylabels(axes)
-        axes[-1].xaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
+        if logx:
+            axes[-1].set_xscale("log")
+        else:
+            axes[-1].xaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
         return svg(figure, name, alt)
 
 
