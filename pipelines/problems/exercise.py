@@ -64,8 +64,7 @@ class Figure:
 
     Args:
         name: letters a-z, digits and _; what the page calls it.
-        svg: its text. Many exercises stand on one page: give the plot a name that begins with the exercise's
-            (``plots.lines("early_exit_toy-depth", …)``), so that no two figures share an id.
+        svg: its text; the report sees to it that no two figures of a page share an id.
         png: its bytes, in place of ``svg``.
         caption: one line that says what one should see.
         title: a short heading above it.
