@@ -39,10 +39,20 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run_dir", metavar="DIR", help="a run's folder")
     report.set_defaults(action=_report)
 
-    push = commands.add_parser("push", help="write a stage's model card and push the stage to the Hub")
+    push = commands.add_parser(
+        "push",
+        help="write a stage's card and push what it made to the Hub",
+        description="Write a stage's card and push what it made to the Hub, in one commit. What is left out is taken from "
+        "the stage's own fields. A push that broke off is finished by giving it again: what arrived is not sent again.",
+    )
     push.add_argument("stage_dir", metavar="DIR/STAGE", help="a finished stage's folder")
-    push.add_argument("--repo_id", required=True, help="owner/name on the Hub")
-    push.add_argument("--private", action="store_true", help="create the repository as a private one")
+    push.add_argument("--repo_id", help="owner/name on the Hub; {stage} in it stands for the folder's name")
+    push.add_argument("--private", action="store_true", default=None, help="create the repository as a private one")
+    push.add_argument("--branch", help="branch that is committed to, made where there is none (default main)")
+    push.add_argument("--commit_message", metavar="TEXT", help="of the commit (default: says what was made)")
+    push.add_argument("--licence", metavar="NAME", help="licence on the card, by the Hub's name (apache-2.0 …)")
+    push.add_argument("--adapter", action="store_true", default=None, help="the LoRA adapter alone, as PEFT loads it")
+    push.add_argument("--base_model", metavar="ID", help="its base on the Hub, where that is not known")
     push.set_defaults(action=_push)
 
     doctor = commands.add_parser("doctor", help="versions, devices, precision, threads, disk, and what is off")
@@ -96,9 +106,10 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _push(arguments: argparse.Namespace) -> None:
-    from pipelines.publish import push
+    from pipelines.publishing.push import push
 
-    print(push(Path(arguments.stage_dir).expanduser(), arguments.repo_id, private=arguments.private))
+    names = ("repo_id", "private", "branch", "commit_message", "licence", "adapter", "base_model")
+    print(push(Path(arguments.stage_dir).expanduser(), **{name: getattr(arguments, name) for name in names}))
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

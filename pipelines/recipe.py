@@ -86,13 +86,16 @@ def run_one(recipe: Recipe, config: Any, force: bool = False, name: str = "") ->
     """
     from pipelines.stage import execute
 
-    wants_push = getattr(config, "push_to_hub", False)
-    if wants_push:
-        from pipelines.publish import push
+    pushes = getattr(config, "push_to_hub", False)
+    if pushes:
+        from pipelines.publishing.access import check_stage
 
+        check_stage(config)
     metrics = execute(recipe.function, config, recipe=name or recipe_name(recipe), force=force)
-    if wants_push and int(os.environ.get("RANK", "0")) == 0:
-        push(Path(config.output_dir).expanduser(), config.repo_id)
+    if pushes:
+        from pipelines.publishing.push import push_stage
+
+        push_stage(config)
     return metrics
 
 

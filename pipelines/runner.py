@@ -29,7 +29,8 @@ import yaml
 
 from pipelines.config import as_plain, fields_of, nearest, override, read_yaml, split_overrides, validate
 from pipelines.errors import Problem, UserError
-from pipelines.recipe import Recipe, announce, run_one
+from pipelines.publishing.access import check_chain
+from pipelines.recipe import EXIT_INTERRUPTED, Recipe, announce, run_one
 from pipelines.stage import (
     STAGE_FILE,
     finished,
@@ -365,6 +366,7 @@ def run(
     for name in force or []:
         chain.needed_for(name, "--force")
     configs = chain.configured(run_dir, overrides)
+    check_chain({stage: (chain.recipes[stage].config_class, configs[stage][0]) for stage in stages}, run_dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError("output_dir", run_dir, "is a file", "choose another folder with --output_dir")
     created = make_folder(run_dir)
@@ -380,6 +382,7 @@ def run(
 def _run_locked(chain, run_dir, stages, configs, force, launcher, command) -> dict[str, float]:
     start = time.monotonic()
     done = 0  # stages made here; a run that fails in the first of them leaves the folder as it was
+    unpushed: list[Problem] = []
     try:
         for number, name in enumerate(stages, 1):
             config = chain.config_of(name, configs[name])
@@ -396,6 +399,15 @@ def _run_locked(chain, run_dir, stages, configs, force, launcher, command) -> di
                     metrics = read_stage(run_dir / name)["metrics"]
                 else:
                     metrics = run_one(recipe, config, name in force, chain.recipe_names[name])
+            except (UserError, SystemExit) as error:
+                # Made, and only its push has failed: what comes after it does not need the Hub.
+                stopped = isinstance(error, SystemExit) and error.code == EXIT_INTERRUPTED
+                if stopped or not getattr(config, "push_to_hub", False) or _stamp(run_dir / name) == before:
+                    raise
+                metrics = read_stage(run_dir / name)["metrics"]
+                mend = f"give: genalign push {run_dir / name}"
+                told = Problem(name, run_dir / name, "was made, but not pushed (see above)", mend)
+                unpushed += error.problems if isinstance(error, UserError) else [told]
             finally:
                 # A stage may be made and its push fail.
                 if _stamp(run_dir / name) != before:
@@ -413,6 +425,8 @@ def _run_locked(chain, run_dir, stages, configs, force, launcher, command) -> di
         print(f"nothing to do: {run_dir} is up to date (report: {run_dir / 'report.html'})", flush=True)
         return collect(chain, run_dir)
     print(f"done in {(time.monotonic() - start) / 60:.1f} min: {report}", flush=True)
+    if unpushed:
+        raise UserError.of(unpushed)
     return metrics
 
 

@@ -6,14 +6,14 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
 from pipelines.config import INERT, StageConfig, config
-from pipelines.errors import Problem, UserError, problems_of
+from pipelines.errors import Problem, UserError
+from pipelines.publishing.fields import PublishFields
 from pipelines.stage import CHECKPOINTS, write_json
 
 _COMPLETE = "complete"
@@ -21,7 +21,7 @@ _TIME_DEPENDENT = ("runtime", "per_second", "total_flos", "train_loss", "train_t
 
 
 @config
-class LoopConfig(StageConfig):
+class LoopConfig(PublishFields, StageConfig):
     """Optimization, precision, logging and checkpoints."""
 
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
@@ -43,20 +43,12 @@ class LoopConfig(StageConfig):
     report_to: Literal["tensorboard", "none"] = Field(
         "tensorboard", description="where curves go beside log_history.json", json_schema_extra=INERT
     )
-    push_to_hub: bool = Field(False, description="push the result to the Hub when finished", json_schema_extra=INERT)
-    repo_id: str | None = Field(None, description="owner/name on the Hub", json_schema_extra=INERT)
 
     def problems(self) -> list[Problem]:
         found = super().problems()
         if self.save_steps % self.logging_steps:
             mend = f"give a multiple of logging_steps={self.logging_steps}, such as {self.logging_steps * 10}"
             found.append(Problem("save_steps", self.save_steps, "a resumed run would log other averages", mend))
-        if self.push_to_hub and not self.repo_id:
-            found.append(Problem("repo_id", "", "push_to_hub=true needs to know where to", "give repo_id=owner/name"))
-        elif self.push_to_hub:
-            from pipelines.publish import check_repo_id
-
-            found += problems_of(partial(check_repo_id, self.repo_id))
         return found
 
 

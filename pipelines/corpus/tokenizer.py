@@ -13,13 +13,14 @@ from pydantic import Field
 from pipelines.config import Source, StageConfig, config
 from pipelines.corpus.fields import CorpusFields
 from pipelines.errors import Problem, problems_of
+from pipelines.publishing.fields import PublishFields
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
 @config
-class TokenizerConfig(CorpusFields, StageConfig):
+class TokenizerConfig(CorpusFields, PublishFields, StageConfig):
     """Trains a Unigram tokenizer in T5's conventions, or copies the one of a given model."""
 
     output_dir: str = Field("runs/tokenizer", description="folder the tokenizer is saved into")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from pipelines.config import config
+from pipelines.config import INERT, config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,6 +19,9 @@ class LoraFields:
 
     lora_r: int = Field(0, ge=0, description="rank of LoRA adapters on all linear layers; 0 trains all parameters")
     lora_alpha: float = Field(16.0, gt=0, description="scale of the adapters (their effect is lora_alpha / lora_r)")
+    push_adapter: bool = Field(
+        False, description="push the adapter alone, not the model that it is merged into", json_schema_extra=INERT
+    )
 
 
 def lora_settings(fields: LoraFields) -> Any:

@@ -8,13 +8,14 @@ import random
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from pipelines.config import INERT, Source, StageConfig, config
 from pipelines.corpus.fields import CorpusFields
 from pipelines.errors import Problem, UserError
+from pipelines.publishing.fields import PublishFields
 from pipelines.seq2seq.annotators import annotator_problems, annotator_sources
 from pipelines.seq2seq.generation import GenerationConfig
 from pipelines.seq2seq.models import model_problems
@@ -24,8 +25,10 @@ SPLITS = ("train", "validation", "test")
 
 
 @config
-class PreferencesConfig(CorpusFields, GenerationConfig, StageConfig):
+class PreferencesConfig(CorpusFields, GenerationConfig, PublishFields, StageConfig):
     """Sample summaries from a policy, let an annotator rank them, and keep pairs of a better and a worse one."""
+
+    repo_type: ClassVar[Literal["model", "dataset"]] = "dataset"
 
     output_dir: str = Field("runs/preferences", description="folder the stage writes into", json_schema_extra=INERT)
     model: Source | None = Field(None, description="the policy: folder or hub id, usually the supervised model")
