@@ -103,6 +103,11 @@ def _report(arguments: argparse.Namespace) -> None:
     from pipelines.reporting.report import write_report
 
     print(write_report(run_dir))
+    if arguments.config_file:
+        from pipelines.launching import check_launcher
+
+        wanted = chain.needed_for(arguments.until, "--until") if arguments.until else chain.stages
+        check_launcher(arguments.config_file, {name: chain.recipes[name].config_class for name in wanted})
 
 
 def _push(arguments: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from pipelines.stage import versions
 
 _OPTIONAL = {
     "diffusers": "image models (pip install 'genalign[images]')",
+    "trackio": "report_to=trackio",
     "wandb": "report_to=wandb",
 }
 
@@ -39,6 +40,17 @@ def _precision() -> list[str]:
     if torch.cuda.is_available():
         lines.append(f"GPU: bf16 {'supported' if torch.cuda.is_bf16_supported() else 'not supported'}, fp16 supported")
     return [*lines, f"precision=auto takes {choose_precision()}"]
+
+
+def _launching() -> list[str]:
+    from pipelines.launching import launcher_problems
+    from pipelines.runner import shared_folder
+
+    lines = []
+    for file in sorted(shared_folder("accelerate_configs").glob("*.yaml")):
+        problems = launcher_problems(file)
+        lines += [f"{file.stem}: {problem}" for problem in problems] or [f"{file.stem}: accelerate reads it"]
+    return lines
 
 
 def _off() -> list[str]:
@@ -74,6 +86,7 @@ def examine() -> str:
             f"{_gib(usage.free)} free of {_gib(usage.total)} at {folder.resolve()}",
             f"{_gib(cached)} in the cache {cache_folder()}",
         ],
+        "launching": _launching(),
         "off": _off(),
     }
     return "\n".join(f"{matter}\n" + "\n".join(f"  {line}" for line in lines) for matter, lines in matters.items())

@@ -11,9 +11,11 @@ import os
 import platform
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 from pipelines.cache import cache_folder
+from pipelines.errors import Problem, UserError, problems_of
 
 _MINIMAL_GAIN = 1.2
 
@@ -88,17 +90,32 @@ def choose_precision(wanted: str = "auto") -> str:
         ``"fp32"``, ``"bf16"`` or ``"fp16"``.
 
     Raises:
-        UserError: if ``fp16`` is asked for on a CPU, where its loss scaling has no kernels to gain from.
+        UserError: if ``fp16`` is asked for on a CPU, where its loss scaling has no kernels to gain from, or ``bf16`` on
+            a GPU without it.
     """
     import torch
 
-    from pipelines.errors import UserError
+    from pipelines.distributed import uses_cpu
 
-    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true")
+    on_gpu = not uses_cpu()
     if wanted == "fp16" and not on_gpu:
         raise UserError("precision", wanted, "float16 needs a GPU", "give precision=auto, bf16 or fp32")
+    # Without the emulation, which is slower than float32.
+    fast = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    if wanted == "bf16" and on_gpu and not fast:
+        mend = "give precision=auto, fp16 or fp32"
+        raise UserError("precision", wanted, "this GPU has no bfloat16 arithmetic", mend)
     if wanted != "auto":
         return wanted
     if on_gpu:
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if fast else "fp32"
     return "bf16" if cpu_bf16_gain() >= _MINIMAL_GAIN else "fp32"
+
+
+def precision_problems(wanted: str) -> list[Problem]:
+    """What stands in the way of an arithmetic on this machine, before anything is loaded.
+
+    Args:
+        wanted: as for ``choose_precision``. Only ``"fp16"`` asks what there is, which takes the time to import torch.
+    """
+    return problems_of(partial(choose_precision, wanted)) if wanted == "fp16" else []

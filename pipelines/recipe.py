@@ -17,6 +17,7 @@ from typing import Any
 
 from pipelines.config import config_class, describe, override, read_yaml, split_overrides, validate
 from pipelines.errors import UserError
+from pipelines.peers import await_the_end, part
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -141,6 +142,7 @@ def guarded(action: Callable[[], None]) -> int:
         action()
     except UserError as error:
         _close_bars()
+        part(EXIT_USER_ERROR)
         if rank:
             # What all processes find, the first one says, and the launcher ends the others at the first exit: so the
             # others wait for that, and speak only if theirs was a mistake of their own.
@@ -150,11 +152,16 @@ def guarded(action: Callable[[], None]) -> int:
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         _close_bars()
+        part(EXIT_INTERRUPTED)
         if rank == 0:
             print("\ninterrupted: give the same command again to go on from here", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         return 0
+    except Exception as error:
+        await_the_end(error)
+        raise
+    part(0)
     return 0
 
 

@@ -27,9 +27,12 @@ import pipelines
 from pipelines.config import as_plain, fields_of, sources
 from pipelines.errors import Problem, UserError
 from pipelines.memory import keep_freed_memory
+from pipelines.precision import choose_precision
+from pipelines.tracking import tracked
 
 STAGE_FILE = "stage.json"
 CHECKPOINTS = "checkpoints"
+_PATIENCE = 10.0  # seconds
 
 # A change of any of these may change a result, so a stage made with other versions is made again.
 _DECIDING_PACKAGES = (
@@ -282,7 +285,10 @@ def execute(function: Callable, config: Any, *, recipe: str = "", force: bool = 
     if made is not None:
         return made["metrics"]
     with _prepared(function, config, folder, recipe, force) as (work, record):
-        metrics = function(dataclasses.replace(config, output_dir=str(work)))
+        _check_shared(folder, work)
+        mine = dataclasses.replace(config, output_dir=str(work), **({"precision": verdict[2]} if verdict[2] else {}))
+        with tracked(mine):
+            metrics = function(mine)
         _finish(work, folder, record, metrics)
     return metrics
 
@@ -294,8 +300,8 @@ def _execute_together(function: Callable, config: Any, folder: Path, recipe: str
 
     state = joined_processes()
     with contextlib.ExitStack() as stack:
-        # [error, metrics of a finished stage]: what the main process found, so that all go the same way.
-        verdict: list[Any] = [None, None]
+        # [error, metrics of a finished stage, precision]: what the main process found, so that all go the same way.
+        verdict: list[Any] = [None, None, None]
         record: dict[str, Any] = {}
         if state.is_main_process:
             try:
@@ -311,7 +317,9 @@ def _execute_together(function: Callable, config: Any, folder: Path, recipe: str
         if verdict[1] is not None:
             return verdict[1]
         work = working_folder(folder)
-        metrics = function(dataclasses.replace(config, output_dir=str(work)))
+        mine = dataclasses.replace(config, output_dir=str(work))
+        with tracked(mine):
+            metrics = function(mine)
         state.wait_for_everyone()
         if state.is_main_process:
             _finish(work, folder, record, metrics)
@@ -328,6 +336,8 @@ def _prepared(
     _refuse_foreign(folder, stage_name(function))
     created = make_folder(folder.parent)
     try:
+                if getattr(config, "precision", None) == "auto":
+                    verdict[2] = choose_precision()  # two machines might measure and choose differently
         with plain_os_errors(folder), locked(folder):
             work = working_folder(folder)
             before = read_stage(work)
@@ -344,6 +354,19 @@ def _prepared(
                 "inputs": inputs,
                 "versions": versions(),
                 "seed": config.seed,
+def _check_shared(folder: Path, work: Path) -> None:
+    """Refuse a folder that not every process sees: checkpoints of machines apart could not be gone on from."""
+    from accelerate.utils import gather_object
+
+    until = time.monotonic() + _PATIENCE
+    while not (seen := work.is_dir()) and time.monotonic() < until:
+        time.sleep(0.1)  # a network file system shows what another machine made a little later
+    blind = [number for number, sees in enumerate(gather_object([seen])) if not sees]
+    if blind:
+        problem = f"process {blind[0]} does not see it"
+        raise UserError("output_dir", folder, problem, "choose a folder on a file system that all machines share")
+
+
                 "duration_seconds": 0.0 if before is None or fresh else before["duration_seconds"],
                 "metrics": {},
             }

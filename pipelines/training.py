@@ -7,14 +7,17 @@ import math
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from pipelines.config import INERT, StageConfig, config
+from pipelines.distributed import Strategy, launched_strategy, strategy_problems
 from pipelines.errors import Problem, UserError
+from pipelines.precision import precision_problems
 from pipelines.publishing.fields import PublishFields
 from pipelines.stage import CHECKPOINTS, write_json
+from pipelines.tracking import tracker_problems
 
 _COMPLETE = "complete"
 _TIME_DEPENDENT = ("runtime", "per_second", "total_flos", "train_loss", "train_tokens_per_second")
@@ -23,6 +26,9 @@ _TIME_DEPENDENT = ("runtime", "per_second", "total_flos", "train_loss", "train_t
 @config
 class LoopConfig(PublishFields, StageConfig):
     """Optimization, precision, logging and checkpoints."""
+
+    strategies: ClassVar[tuple[Strategy, ...]] = ("ddp",)
+    """How several processes may share the stage's work."""
 
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
     lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"] = Field(
@@ -40,7 +46,7 @@ class LoopConfig(PublishFields, StageConfig):
     )
     logging_steps: int = Field(20, ge=1, description="steps between two log entries")
     save_steps: int = Field(200, ge=1, description="steps between two checkpoints (a multiple of logging_steps)")
-    report_to: Literal["tensorboard", "none"] = Field(
+    report_to: Literal["tensorboard", "trackio", "wandb", "none"] = Field(
         "tensorboard", description="where curves go beside log_history.json", json_schema_extra=INERT
     )
 
@@ -49,6 +55,8 @@ class LoopConfig(PublishFields, StageConfig):
         if self.save_steps % self.logging_steps:
             mend = f"give a multiple of logging_steps={self.logging_steps}, such as {self.logging_steps * 10}"
             found.append(Problem("save_steps", self.save_steps, "a resumed run would log other averages", mend))
+        found += precision_problems(self.precision) + tracker_problems(self.report_to)
+        found += strategy_problems(type(self), launched_strategy())
         return found
 
 

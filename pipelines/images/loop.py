@@ -30,6 +30,7 @@ from pipelines.images.method import Batch, Draws, Method
 from pipelines.images.pictures import save_grid
 from pipelines.precision import choose_precision
 from pipelines.stage import CHECKPOINTS
+from pipelines.tracking import LOGS, PROJECT, named, run_name
 from pipelines.training import check_finite, checkpoint_folder, clean_history, last_checkpoint, mark_whole
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def new_accelerator(config: ImageTrainingConfig) -> Accelerator:
     precision = choose_precision(config.precision)
     return Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
-        log_with="tensorboard" if config.report_to == "tensorboard" else None,
+        log_with=None if config.report_to == "none" else config.report_to,
         project_dir=config.output_dir,
     )
 
@@ -171,8 +172,10 @@ class Loop:
         """
         self._resume()
         main = self.accelerator.is_main_process
-        if self.config.report_to == "tensorboard":
-            self.accelerator.init_trackers("logs")
+        if self.config.report_to != "none":
+            name = LOGS if self.config.report_to == "tensorboard" else PROJECT
+            given = {self.config.report_to: {"name": run_name(self.config.output_dir)}}
+            self.accelerator.init_trackers(name, init_kwargs={} if name == LOGS else given)
         sums: dict[str, Tensor] = {}
         start = time.monotonic()
         self._train_mode(True)
@@ -196,7 +199,7 @@ class Loop:
                 if save:
                     self._save()
                 start = time.monotonic()
-        if self.config.report_to == "tensorboard":
+        if self.config.report_to != "none":
             self.accelerator.end_training()
         for name, average in self.averages.items():
             average.copy_to(self.method.parts[name].parameters())
@@ -234,8 +237,11 @@ class Loop:
     def _note(self, entry: dict[str, float]) -> None:
         place = {"step": self.step, "epoch": round(self.step / self.steps_per_epoch, 4)}
         self.log.append(entry | place | {"train_runtime": round(self.seconds, 3)})
-        if self.config.report_to == "tensorboard":
-            self.accelerator.log(entry, step=self.step)
+        if self.config.report_to != "none":
+            counted = {"epoch": place["epoch"]} | (
+                {} if self.config.report_to == "tensorboard" else {"global_step": self.step}
+            )
+            self.accelerator.log(named(entry | counted), step=self.step)
 
     # -------------------------------------------------------------------------------------------- pictures and measures
 

@@ -183,7 +183,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
         A scalar without unit; 0 where the returns do not vary.
     """
     _, whole = masked_moments(returns, mask)
-    _, left = masked_moments(returns - values, mask)
+    _, left = masked_moments(returns.float() - values.float(), mask)
     return torch.where(whole > 0, 1 - left / whole.clamp(min=torch.finfo(torch.float32).tiny), torch.zeros_like(whole))
 
 

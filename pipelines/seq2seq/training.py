@@ -11,6 +11,7 @@ from pydantic import Field
 from pipelines.config import INERT, StageConfig, config
 from pipelines.errors import UserError
 from pipelines.stage import CHECKPOINTS
+from pipelines.tracking import LOGS, PROJECT, run_name
 from pipelines.training import LoopConfig, check_finite, checkpoint_folder, clean_history, mark_whole, write_history
 from pipelines.training import global_batch as global_batch
 from pipelines.training import last_checkpoint as last_checkpoint
@@ -62,7 +63,7 @@ def training_arguments(config: TrainingConfig, cls: type, **overrides: Any) -> A
 
     precision = choose_precision(config.precision)
     output = Path(config.output_dir)
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "logs")
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / LOGS)
     if PartialState().num_processes == 1 and torch.cuda.device_count() > 1:
         # Trainer would wrap the model in DataParallel, whose replicas know nothing of a swapped class.
         mend = "start with accelerate launch --config_file accelerate_configs/ddp.yaml, or set CUDA_VISIBLE_DEVICES=0"
@@ -92,10 +93,18 @@ def training_arguments(config: TrainingConfig, cls: type, **overrides: Any) -> A
         "seed": config.seed,
         "data_seed": config.seed,
         "report_to": [] if config.report_to == "none" else [config.report_to],
+        "project": PROJECT,
+        "run_name": run_name(output),
         "dataloader_pin_memory": torch.cuda.is_available(),
         "push_to_hub": False,
     }
-    return cls(**(arguments | overrides))
+    if PartialState().num_processes > 1:
+        # as joined_processes left it
+        arguments["accelerator_config"] = {"use_configured_state": True}
+    made = cls(**(arguments | overrides))
+    # Where neither is set, transformers takes what the launcher was told; the recipe's own field decides.
+    made.mixed_precision = "bf16" if made.bf16 else "fp16" if made.fp16 else "no"
+    return made
 
 
 def optimizer_choice(config: TrainingConfig) -> tuple[type, dict[str, Any]] | None:
