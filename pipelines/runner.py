@@ -47,8 +47,15 @@ from pipelines.stage import (
 RUN_FILE = "run.json"
 _REFERENCE = re.compile(r"^\$\{([^}]*)\}(/.*)?$")
 _NAME = re.compile(r"\w[\w.-]*")
-_CHAIN_KEYS = ("name", "about", "base", "defaults", "stages")
+_CHAIN_KEYS = ("name", "about", "defaults", "stages")
 _AFTER_A_FAILURE = "see what it printed above; the same command goes on from its last checkpoint"
+
+
+def shared_folder(name: str) -> Path:
+    """``recipes`` or ``accelerate_configs``: beside the package in a checkout, inside it in an installed wheel."""
+    package = Path(__file__).parent
+    inside = package / "_share" / name
+    return inside if inside.is_dir() else package.parent / name
 
 
 @cache
@@ -450,6 +457,8 @@ def _launch(chain: Chain, name: str, config: Any, run_dir: Path, launcher: list[
     script = shared_folder("recipes") / f"{chain.recipe_names[name]}.py"
     words = [*launcher, str(script), "--config", str(file), *(["--force"] if force else [])]
     environment = dict(os.environ)
+    if launcher[-2:-1] == ["--config_file"] and read_yaml(launcher[-1]).get("use_cpu"):
+        environment["ACCELERATE_USE_CPU"] = "true"  # accelerate passes this on to a single process only
     try:
         code = subprocess.run(words, env=environment, check=False).returncode
     finally:
@@ -485,8 +494,6 @@ def run_stage(chain: Chain, name: str, overrides: list[str], *, force: bool = Fa
         if made is None or made["state"] != "finished":
             mend = f"run it first: genalign run {chain.source} --output_dir {run_dir} --until {name}"
             raise UserError(before, run_dir / before, "this stage comes before and is not finished", mend)
-    if launcher[-2:-1] == ["--config_file"] and read_yaml(launcher[-1]).get("use_cpu"):
-        environment["ACCELERATE_USE_CPU"] = "true"  # accelerate passes this on to a single process only
     config = chain.config_of(name, chain.configured(run_dir, mine)[name])
     announce(run_one(chain.recipes[name], config, force, chain.recipe_names[name]), config.output_dir)
 

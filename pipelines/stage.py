@@ -285,8 +285,7 @@ def execute(function: Callable, config: Any, *, recipe: str = "", force: bool = 
     if made is not None:
         return made["metrics"]
     with _prepared(function, config, folder, recipe, force) as (work, record):
-        _check_shared(folder, work)
-        mine = dataclasses.replace(config, output_dir=str(work), **({"precision": verdict[2]} if verdict[2] else {}))
+        mine = dataclasses.replace(config, output_dir=str(work))
         with tracked(mine):
             metrics = function(mine)
         _finish(work, folder, record, metrics)
@@ -309,6 +308,8 @@ def _execute_together(function: Callable, config: Any, folder: Path, recipe: str
                 verdict[1] = made and made["metrics"]
                 if made is None:
                     _, record = stack.enter_context(_prepared(function, config, folder, recipe, force))
+                if getattr(config, "precision", None) == "auto":
+                    verdict[2] = choose_precision()  # two machines might measure and choose differently
             except UserError as error:
                 verdict[0] = [dataclasses.astuple(p) for p in error.problems]
         broadcast_object_list(verdict)
@@ -317,7 +318,8 @@ def _execute_together(function: Callable, config: Any, folder: Path, recipe: str
         if verdict[1] is not None:
             return verdict[1]
         work = working_folder(folder)
-        mine = dataclasses.replace(config, output_dir=str(work))
+        _check_shared(folder, work)
+        mine = dataclasses.replace(config, output_dir=str(work), **({"precision": verdict[2]} if verdict[2] else {}))
         with tracked(mine):
             metrics = function(mine)
         state.wait_for_everyone()
@@ -325,6 +327,19 @@ def _execute_together(function: Callable, config: Any, folder: Path, recipe: str
             _finish(work, folder, record, metrics)
         state.wait_for_everyone()
     return metrics
+
+
+def _check_shared(folder: Path, work: Path) -> None:
+    """Refuse a folder that not every process sees: checkpoints of machines apart could not be gone on from."""
+    from accelerate.utils import gather_object
+
+    until = time.monotonic() + _PATIENCE
+    while not (seen := work.is_dir()) and time.monotonic() < until:
+        time.sleep(0.1)  # a network file system shows what another machine made a little later
+    blind = [number for number, sees in enumerate(gather_object([seen])) if not sees]
+    if blind:
+        problem = f"process {blind[0]} does not see it"
+        raise UserError("output_dir", folder, problem, "choose a folder on a file system that all machines share")
 
 
 @contextlib.contextmanager
@@ -336,8 +351,6 @@ def _prepared(
     _refuse_foreign(folder, stage_name(function))
     created = make_folder(folder.parent)
     try:
-                if getattr(config, "precision", None) == "auto":
-                    verdict[2] = choose_precision()  # two machines might measure and choose differently
         with plain_os_errors(folder), locked(folder):
             work = working_folder(folder)
             before = read_stage(work)
@@ -354,19 +367,6 @@ def _prepared(
                 "inputs": inputs,
                 "versions": versions(),
                 "seed": config.seed,
-def _check_shared(folder: Path, work: Path) -> None:
-    """Refuse a folder that not every process sees: checkpoints of machines apart could not be gone on from."""
-    from accelerate.utils import gather_object
-
-    until = time.monotonic() + _PATIENCE
-    while not (seen := work.is_dir()) and time.monotonic() < until:
-        time.sleep(0.1)  # a network file system shows what another machine made a little later
-    blind = [number for number, sees in enumerate(gather_object([seen])) if not sees]
-    if blind:
-        problem = f"process {blind[0]} does not see it"
-        raise UserError("output_dir", folder, problem, "choose a folder on a file system that all machines share")
-
-
                 "duration_seconds": 0.0 if before is None or fresh else before["duration_seconds"],
                 "metrics": {},
             }
