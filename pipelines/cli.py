@@ -83,6 +83,11 @@ def _run(arguments: argparse.Namespace) -> None:
         raise UserError("--output_dir", arguments.output_dir, "is empty", "name a folder, or leave the option out")
     chain = Chain.load(arguments.chain)
     run_dir = Path(arguments.output_dir).expanduser() if arguments.output_dir else Path("runs") / chain.name
+    if arguments.config_file:
+        from pipelines.launching import check_launcher
+
+        wanted = chain.needed_for(arguments.until, "--until") if arguments.until else chain.stages
+        check_launcher(arguments.config_file, {name: chain.recipes[name].config_class for name in wanted})
     run(
         chain,
         run_dir,
@@ -103,11 +108,6 @@ def _report(arguments: argparse.Namespace) -> None:
     from pipelines.reporting.report import write_report
 
     print(write_report(run_dir))
-    if arguments.config_file:
-        from pipelines.launching import check_launcher
-
-        wanted = chain.needed_for(arguments.until, "--until") if arguments.until else chain.stages
-        check_launcher(arguments.config_file, {name: chain.recipes[name].config_class for name in wanted})
 
 
 def _push(arguments: argparse.Namespace) -> None:
