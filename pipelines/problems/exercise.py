@@ -8,6 +8,7 @@ by a line ``{{figure:name}}`` and a table by a line ``{{table:name}}``; the repo
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import numbers
 import re
@@ -19,10 +20,12 @@ from typing import Any
 from pydantic import Field
 
 from pipelines.config import INERT, StageConfig, config
+from pipelines.errors import Problem
 from pipelines.stage import write_json
 
 EXERCISE_FILE = "exercise.json"
 FIGURES = "figures"
+_PAGE_PACKAGES = ("latex2mathml", "markdown_it", "mdit_py_plugins")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -31,6 +34,14 @@ class ExerciseConfig(StageConfig):
     """What every exercise takes; each adds its own parameters."""
 
     output_dir: str = Field("runs/exercise", description="folder the stage writes into", json_schema_extra=INERT)
+
+    def problems(self) -> list[Problem]:
+        found = super().problems()
+        for package in _PAGE_PACKAGES:
+            if importlib.util.find_spec(package) is None:
+                mend = "pip install 'genalign[problems]'"
+                found.append(Problem("package", package, "is missing; the exercises' pages are rendered by it", mend))
+        return found
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pipelines.reporting.run import Run, Stage, is_number
 from pipelines.reporting.sections.data import flat
 from pipelines.reporting.sections.ppo import KINDS as PPO_KINDS
 from pipelines.reporting.sections.ppo import over_optimisation
+from pipelines.reporting.sections.problems import failed_checks
 from pipelines.reporting.tables import BASELINES, system_label, systems_in
 
 LARGE_KL = 10.0
@@ -18,13 +19,24 @@ LARGE_KL = 10.0
 
 def notes(run: Run) -> list[str]:
     """Plain sentences, the gravest first; empty when there is nothing to warn of."""
-    return list(dict.fromkeys([*_unfinished(run), *_intervals(run), *_policies(run), *_data(run), *_versions(run)]))
+    return list(
+        dict.fromkeys(
+            [*_unfinished(run), *_exercises(run), *_intervals(run), *_policies(run), *_data(run), *_versions(run)]
+        )
+    )
 
 
 def _unfinished(run: Run) -> Iterator[str]:
     open_stages = [f"{s.name} ({s.state})" for s in run.stages if not s.finished]
     if open_stages:
         yield f"The run is not complete: {', '.join(open_stages)}. Give the same command again to go on."
+
+
+def _exercises(run: Run) -> Iterator[str]:
+    for stage in run.stages:
+        failed, count = failed_checks(stage)
+        if failed:
+            yield f"{stage.name}: {failed} of its {count} checked statements do not hold."
 
 
 def _intervals(run: Run) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -33,9 +33,9 @@ class Section:
 
 
 class SectionWriter(Protocol):
-    """Makes one section from a run, or None when the run has nothing for it. A family adds its own to ``SECTIONS``."""
+    """Makes a section from a run, or several, or None when the run has nothing for it; a family adds its own."""
 
-    def __call__(self, run: Run) -> Section | None: ...
+    def __call__(self, run: Run) -> Section | Sequence[Section] | None: ...
 
 
 def join(parts: Iterable[Markup]) -> Markup:

@@ -6,6 +6,7 @@ python -m pipelines.reporting.report DIR
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jinja2
@@ -19,6 +20,7 @@ from pipelines.reporting.page import Section, figure, figures, folded, heading, 
 from pipelines.reporting.plots import Panel, Series
 from pipelines.reporting.run import Run, Stage, anchor, is_number, read_run
 from pipelines.reporting.sections import SECTIONS
+from pipelines.reporting.sections.problems import failed_checks
 from pipelines.reporting.tables import html_table, mapping_table, metrics_table, system_label, systems_in
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -44,7 +46,7 @@ def write_report(run_dir: Path | str) -> Path:
 
 def render(run: Run) -> str:
     """The page."""
-    sections = [section for writer in SECTIONS if (section := writer(run)) is not None]
+    sections = list(_sections(run))
     shown = {name for section in sections for name in section.stages}
     sections += [plain_section(stage) for stage in run.stages if stage.name not in shown and _has_content(stage)]
     sections.append(_configurations(run))
@@ -95,6 +97,12 @@ def plain_section(stage: Stage) -> Section:
     return Section(f"stage-{anchor(stage.name)}", stage.name, join(parts), stages=frozenset([stage.name]))
 
 
+def _sections(run: Run) -> Iterator[Section]:
+    for writer in SECTIONS:
+        found = writer(run)
+        yield from (found,) if isinstance(found, Section) else found or ()
+
+
 def _has_content(stage: Stage) -> bool:
     return bool(stage.metrics or stage.history)
 
@@ -117,13 +125,19 @@ def _headline(run: Run) -> list[tuple[str, str, str, str]]:
         system, _, measure = key.rpartition("/")
         if measure == "frechet_distance" and system in run.order:
             wanted.append((key, f"{system_label(system)}, Fréchet distance"))
-    found = []
+    found = _verdict(run)
     for key, name in wanted:
         value = estimate(run.metrics, key)
         if value is not None:
             measure = measure_of(key)
             found.append((name, measure.number(value.value), measure.unit, format_interval(run.metrics, key)))
     return found
+
+
+def _verdict(run: Run) -> list[tuple[str, str, str, str]]:
+    counts = [failed_checks(stage) for stage in run.stages]
+    failed, checks = (sum(column) for column in zip(*counts, strict=True))
+    return [("Statements that hold", str(checks - failed), f"of {checks}", "")] if checks else []
 
 
 def _configurations(run: Run) -> Section:

@@ -48,10 +48,11 @@ README_MEASURES = ("rouge1", "rouge2", "rougeL", "gold_win_rate", "kl", "length"
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell: the value and, smaller, what stands under it (its interval)."""
+    """One cell: the value, smaller what stands under it (its interval), and the class it is styled by."""
 
     text: str
     small: str = ""
+    css: str = ""
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ def _html_row(row: Iterable[Cell | str]) -> Markup:
 
 
 def _html_cell(cell: Cell) -> Markup:
-    return escape(cell.text) + (Markup("<small>{}</small>").format(cell.small) if cell.small else Markup(""))
+    text = Markup('<span class="{}">{}</span>').format(cell.css, cell.text) if cell.css else escape(cell.text)
+    return text + (Markup("<small>{}</small>").format(cell.small) if cell.small else Markup(""))
 
 
 def markdown_table(table: Table) -> str:

@@ -20,6 +20,12 @@ LIMITS = {"dpo": 0.02, "listwise": 0.05, "ppo": 0.05, "grpo": 0.05}
 _MOST = 400
 
 
+def completion_count(vocabulary: int, length: int) -> int:
+    """How many completions there are of at most ``length`` tokens: those that end in time, and those that are cut."""
+    others = vocabulary - 1
+    return sum(others**size for size in range(length)) + others**length
+
+
 @config
 class KnownOptimumConfig(StageConfig):
     """Train every method in a world so small that its optimum and the distance from it are known exactly."""
@@ -40,9 +46,8 @@ class KnownOptimumConfig(StageConfig):
 
     @property
     def completions(self) -> int:
-        """How many completions a source has: those that end in time, and those that are cut."""
-        others = self.vocabulary - 1
-        return sum(others**size for size in range(self.length)) + others**self.length
+        """How many completions a source has."""
+        return completion_count(self.vocabulary, self.length)
 
     def problems(self) -> list[Problem]:
         found = super().problems()

@@ -1,6 +1,6 @@
 """The sections of the report, in the order in which they stand on the page.
 
-Each is a function ``(run) -> Section | None`` in a file of its own; a family adds its functions to ``SECTIONS``.
+Each is a function ``(run) -> Section, sections or None`` in a file of its own; a family adds its functions to ``SECTIONS``.
 """
 
 from pipelines.reporting.page import SectionWriter
@@ -12,6 +12,7 @@ from pipelines.reporting.sections.images import images
 from pipelines.reporting.sections.images_training import images_training
 from pipelines.reporting.sections.known_optimum import known_optimum
 from pipelines.reporting.sections.ppo import ppo
+from pipelines.reporting.sections.problems import problems
 from pipelines.reporting.sections.prompting import prompting
 from pipelines.reporting.sections.prompting_compare import prompting_compare
 from pipelines.reporting.sections.prompting_explore import prompting_explore
@@ -19,6 +20,7 @@ from pipelines.reporting.sections.results import results
 from pipelines.reporting.sections.reward import reward_model
 
 SECTIONS: tuple[SectionWriter, ...] = (
+    problems,
     results,
     examples,
     ppo,
