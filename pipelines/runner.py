@@ -31,6 +31,7 @@ from pipelines.config import as_plain, fields_of, nearest, override, read_yaml, 
 from pipelines.errors import Problem, UserError
 from pipelines.publishing.access import check_chain
 from pipelines.recipe import EXIT_INTERRUPTED, Recipe, announce, run_one
+from pipelines.share import shared_folder
 from pipelines.stage import (
     STAGE_FILE,
     finished,
@@ -49,13 +50,6 @@ _REFERENCE = re.compile(r"^\$\{([^}]*)\}(/.*)?$")
 _NAME = re.compile(r"\w[\w.-]*")
 _CHAIN_KEYS = ("name", "about", "defaults", "stages")
 _AFTER_A_FAILURE = "see what it printed above; the same command goes on from its last checkpoint"
-
-
-def shared_folder(name: str) -> Path:
-    """``recipes`` or ``accelerate_configs``: beside the package in a checkout, inside it in an installed wheel."""
-    package = Path(__file__).parent
-    inside = package / "_share" / name
-    return inside if inside.is_dir() else package.parent / name
 
 
 @cache
