@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import glob
+import os
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -15,10 +17,11 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, dataclass_transform, get_args, get_origin
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from pipelines.errors import Problem, UserError
+from pipelines.share import SHIPPED, shipped, shipped_names
 
 T = TypeVar("T")
 
@@ -30,8 +33,9 @@ class _SourceMarker:
         return "Source"
 
 
-Source = Annotated[str, _SourceMarker()]
-"""A field of this type names an input (stage folder, file, folder, or hub id): its content enters the fingerprint."""
+Source = Annotated[str, _SourceMarker(), AfterValidator(shipped)]
+"""A field of this type names an input (stage folder, file, folder, hub id, or ``genalign:NAME`` for what ships with the
+package): its content enters the fingerprint."""
 
 INERT = {"inert": True}
 """``Field(..., json_schema_extra=INERT)``: the field cannot change the result, so it stays out of the fingerprint."""
@@ -57,20 +61,30 @@ class StageConfig:
         """Combinations of fields that cannot be. Subclasses add theirs to ``super().problems()``."""
         given = sources(self)
         empty = [name for name, value in {"output_dir": self.output_dir, **given}.items() if not value.strip()]
-        return [Problem(name, "", "is empty", "give a value, or leave the field out") for name in empty] + [
-            Problem(name, value, "no such file or folder", "mend the path")
-            for name, value in given.items()
-            if looks_local(value) and not _exists(value)
-        ]
+        found = [Problem(name, "", "is empty", "give a value, or leave the field out") for name in empty]
+        for name, value in given.items():
+            if value.startswith(SHIPPED):
+                mend = nearest(value, [SHIPPED + known for known in shipped_names()])
+                found.append(Problem(name, value, "nothing of that name ships with genalign", mend))
+            elif looks_local(value) and not _exists(value):
+                found.append(Problem(name, value, "no such file or folder", "mend the path"))
+        return found
 
     def environment(self) -> dict[str, str]:
         """What outside the fields and the files they name decides the result (it enters the fingerprint)."""
         return {}
 
 
+def glob_files(value: str) -> list[Path]:
+    """The files that a pattern such as ``data/*.jsonl`` stands for, sorted; none where ``value`` is no pattern."""
+    if not any(sign in value for sign in "*?["):
+        return []
+    return sorted(path for path in map(Path, glob.glob(os.path.expanduser(value))) if path.is_file())
+
+
 def _exists(value: str) -> bool:
     try:
-        return Path(value).expanduser().exists()
+        return Path(value).expanduser().exists() or bool(glob_files(value))
     except (OSError, RuntimeError):  # too long, or the home of nobody
         return False
 
@@ -108,8 +122,12 @@ def sources(instance: Any) -> dict[str, str]:
 
     found: dict[str, str] = {}
     for name, info in fields_of(type(instance)).items():
-        if _marked(info.annotation) or any(isinstance(m, _SourceMarker) for m in info.metadata):
-            found.update(leaves(name, getattr(instance, name)))
+        value = getattr(instance, name)
+        if isinstance(value, list) and value and all(map(dataclasses.is_dataclass, value)):
+            for index, item in enumerate(value):
+                found.update({f"{name}.{index}.{key}": source for key, source in sources(item).items()})
+        elif _marked(info.annotation) or any(isinstance(m, _SourceMarker) for m in info.metadata):
+            found.update(leaves(name, value))
     return found
 
 

@@ -24,7 +24,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 import pipelines
-from pipelines.config import as_plain, fields_of, sources
+from pipelines.config import as_plain, fields_of, glob_files, sources
 from pipelines.errors import Problem, UserError
 from pipelines.memory import keep_freed_memory
 from pipelines.precision import choose_precision
@@ -83,13 +83,36 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
+_LARGE = 2**30  # bytes; reading more than that before every start would take longer than the start
+_SAMPLED = 2**20
+
+
+def _files_digest(files: dict[str, Path]) -> str:
+    large = sum(file.stat().st_size for file in files.values()) > _LARGE
+    return _digest([(name, _sampled_digest(file) if large else _file_digest(file)) for name, file in files.items()])
+
+
 def _file_digest(path: Path) -> str:
+    if path.stat().st_size > _LARGE:
+        return _sampled_digest(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _sampled_digest(path: Path) -> str:
+    """Size, time of the last change, and a mebibyte of the beginning, the middle and the end."""
+    about, parts = path.stat(), []
+    with path.open("rb") as file:
+        for start in (0, about.st_size // 2, about.st_size - _SAMPLED):
+            file.seek(max(0, start))
+            parts.append(hashlib.sha256(file.read(_SAMPLED)).hexdigest())
+    return _digest([about.st_size, about.st_mtime_ns, parts])
+
+
 def identity(value: str) -> str:
     """What an input is, by content: a stage folder's fingerprint, a file's or folder's digest, or the name itself.
+
+    Files of more than a gibibyte (together, in a folder) count by size, time of the last change and samples.
 
     Args:
         value: a path or a hub id.
@@ -102,7 +125,9 @@ def identity(value: str) -> str:
         if made is not None:
             return made["fingerprint"]
         files = sorted(p for p in path.rglob("*") if p.is_file())
-        return _digest([(str(p.relative_to(path)), _file_digest(p)) for p in files])
+        return _files_digest({str(file.relative_to(path)): file for file in files})
+    if matched := glob_files(value):
+        return _files_digest({f"{place}/{file.name}": file for place, file in enumerate(matched)})
     return value
 
 

@@ -58,15 +58,25 @@ def _of_files(files: list[Path], column: str) -> Iterator[tuple[str, str]]:
                 for place, row in json_lines(path, "text"):
                     yield place, _cell(row, column, place)
             else:
-                yield from _of_text_file(path)
+                for _, place, text in of_text_file(path):
+                    yield place, text
         except OSError as error:
             problem = f"cannot be read ({error.strerror or error})"
             raise UserError("text", path, problem, "give a readable file") from None
 
 
-def _of_text_file(path: Path) -> Iterator[tuple[str, str]]:
+def of_text_file(path: Path, at: int = 0) -> Iterator[tuple[int, str, str]]:
+    """The documents of a text file: where the next one begins in bytes, file and line, the text.
+
+    Args:
+        path: of the file.
+        at: where to begin, as an earlier reading said.
+
+    Raises:
+        UserError: not UTF-8, with the line.
+    """
     with path.open("rb") as file:
-        left, line = b"", 1
+        left, line = b"", 1 + file.read(at).count(b"\n")
         while True:
             block = left + file.read(CHUNK_BYTES - len(left))
             if not block:
@@ -78,8 +88,9 @@ def _of_text_file(path: Path) -> Iterator[tuple[str, str]]:
                 # Where there is no line end either, the cut must at least not fall into a character of UTF-8.
                 end = end or next((i for i in range(len(block) - 1, 0, -1) if block[i] & 0xC0 != 0x80), len(block))
             text = decode(block[:end], path, "text", line).strip()
+            at += end
             if text:
-                yield f"{path} line {line}", text
+                yield at, f"{path} line {line}", text
             line += block.count(b"\n", 0, end)
             left = block[end:]
 

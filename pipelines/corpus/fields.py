@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import ClassVar, Literal
+
 from pydantic import Field
 
 from pipelines.config import INERT, Problem, Source, config
@@ -207,3 +210,83 @@ def _same_twice(given: list[tuple[str, str]]) -> list[Problem]:
             found.append(Problem(name, value, f"is {seen[value]} too", "give each split data of its own"))
         seen.setdefault(value, name)
     return found
+
+
+@config
+class MixtureSet:
+    """A further set of a mixture."""
+
+    source: Source = Field(description="file, folder, glob pattern or hub id")
+    weight: float = Field(gt=0, description="examples drawn from it for one of the first set's")
+    name: str | None = Field(None, description="what its metrics are called; left out: the source's last part")
+    config: str | None = Field(None, description="configuration of a hub data set")
+    text_column: str | None = Field(None, description="column of the documents; left out: as in the first set")
+    summary_column: str | None = Field(None, description="column of the summaries; left out: as in the first set")
+
+
+@config
+class StreamFields:
+    """Training data read from disk or the Hub as training goes; see ``pipelines/corpus/stream.py``."""
+
+    streaming: bool = Field(
+        False,
+        description="read training examples as they are needed instead of all at the start: memory does not grow with "
+        "the set. Needs max_steps; .jsonl (.gz), .csv, .tsv and .parquet files, folders or patterns (data/*.jsonl) of "
+        "them, saved data sets, hub ids",
+    )
+    mixture: list[MixtureSet] = Field(
+        default_factory=list,
+        description="further sets, a list of {source, weight, name, config, text_column, summary_column}: of every "
+        "1 + Σ weight examples one comes from the first set, whatever the sets' sizes; needs streaming=true",
+    )
+    shuffle_buffer: int = Field(
+        10_000, ge=1, description="streaming: examples read ahead, shuffled and grouped by length; they are in memory"
+    )
+    bucket_by_length: bool = Field(True, description="streaming: the examples of a step are of like length")
+    bad_rows: Literal["stop", "skip"] = Field(
+        "stop", description="streaming: what happens at a row that cannot be used: an error, or it is left out, counted"
+    )
+
+    _stream_field: ClassVar[str] = "dataset"
+
+    def problems(self) -> list[Problem]:
+        found = list(_parent(self, StreamFields, "problems", []))
+        first = getattr(self, self._stream_field)
+        if self.mixture and not self.streaming:
+            problem = "sets are mixed as they are read"
+            found.append(Problem("mixture", f"{len(self.mixture)} sets", problem, "give streaming=true"))
+        if not self.streaming:
+            return found
+        if self.max_steps <= 0:
+            problem = "a stream has no length that epochs could count"
+            found.append(Problem("max_steps", self.max_steps, problem, "give max_steps=N"))
+        if first == EMBEDDED:
+            mend = f"give {self._stream_field}=FILES-or-hub-id, or streaming=false"
+            found.append(Problem("streaming", True, f"{EMBEDDED} lies in memory as a whole", mend))
+        if getattr(self, "max_train", None) is not None:
+            problem = "there is no sample of a stream"
+            found.append(Problem("max_train", self.max_train, problem, "drop it; max_steps says how much is read"))
+        names = self.set_names()
+        for place, name in enumerate(names):
+            if not re.fullmatch(r"[a-z0-9_]+", name):
+                problem = "cannot be part of a metric's name"
+                found.append(Problem(f"mixture.{place - 1}.name", name, problem, "write a to z, 0 to 9 and _"))
+            if name in names[:place]:
+                problem = "another set has this name"
+                found.append(Problem(f"mixture.{place - 1}.name", name, problem, "give it a name=… of its own"))
+        return found
+
+    def set_names(self) -> list[str]:
+        """What the sets are called in metrics, the first set's name first."""
+        given = [(getattr(self, self._stream_field), None), *((part.source, part.name) for part in self.mixture)]
+        return [name if name is not None else _plain_name(str(source)) for source, name in given]
+
+    def set_weights(self) -> list[float]:
+        """The sets' weights, the first set's first."""
+        return [1.0, *(part.weight for part in self.mixture)]
+
+
+def _plain_name(source: str) -> str:
+    """``data/CNN-dm.jsonl.gz`` -> ``cnn_dm``: a source's last part as part of a metric's name."""
+    last = [part for part in re.split(r"[/\\]+", source) if part and "*" not in part] or ["set"]
+    return re.sub(r"[^a-z0-9]+", "_", last[-1].split(".")[0].lower()).strip("_") or "set"

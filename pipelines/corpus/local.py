@@ -137,39 +137,52 @@ def _corpus_examples(rows: Rows, split: str, fields: CorpusFields) -> list[Examp
     check_column(rows, "summary_column", fields.summary_column)
     if fields.id_column != "id":
         check_column(rows, "id_column", fields.id_column)
-    examples = []
-    for place, row in rows.rows:
-        text = _cell(row, fields.text_column, place, rows.what)
-        summary = _cell(row, fields.summary_column, place, rows.what)
-        references = references_of(summary, fields.summary_column, place, rows.what)
-        document = text_of(text, fields.text_column, place, rows.what)
-        examples.append({"document": document, "summary": references[0], "references": references})
+    columns = fields.text_column, fields.summary_column
+    examples = [corpus_example(row, place, rows.what, *columns) for place, row in rows.rows]
     return with_ids(examples, [row.get(fields.id_column) for _, row in rows.rows], split)
+
+
+def corpus_example(row: dict[str, Any], place: str, what: str, text_column: str, summary_column: str) -> Example:
+    """A row as ``document``, ``summary`` and ``references``.
+
+    Raises:
+        UserError: a column is missing there, or holds no text.
+    """
+    text, summary = _cell(row, text_column, place, what), _cell(row, summary_column, place, what)
+    references = references_of(summary, summary_column, place, what)
+    document = text_of(text, text_column, place, what)
+    return {"document": document, "summary": references[0], "references": references}
 
 
 def _preference_examples(rows: Rows, split: str, fields: PreferenceFields) -> list[Example]:
     for column in ("prompt", "chosen", "rejected"):
         check_column(rows, rows.what, column, option=False)
-    examples = []
-    for place, row in rows.rows:
-        texts = {c: _cell(row, c, place, rows.what) for c in ("prompt", "chosen", "rejected")}
-        for column, value in texts.items():
-            if isinstance(value, (list, tuple)) and any(isinstance(part, dict) for part in value):
-                problem = f"the column {column!r} holds chat messages, not text"
-                raise UserError(rows.what, place, problem, "give the texts themselves")
-        example: Example = {c: text_of(value, c, place, rows.what) for c, value in texts.items()}
-        if example["chosen"] == example["rejected"]:
-            raise UserError(rows.what, place, "chosen and rejected are identical", "drop that pair")
-        # People say which, not by how much: such a pair counts as one apart.
-        scores = {"chosen_score": 1.0, "rejected_score": 0.0}
-        if all(row.get(column) is not None for column in scores):
-            scores = {column: _number(row[column], column, place, rows.what) for column in scores}
-            if scores["chosen_score"] <= scores["rejected_score"]:
-                problem = f"chosen_score {scores['chosen_score']:g} is not above rejected_score"
-                raise UserError(rows.what, place, problem, "swap the two or drop that pair")
-        example |= scores | {"margin": scores["chosen_score"] - scores["rejected_score"]}
-        examples.append(example)
+    examples = [preference_example(row, place, rows.what) for place, row in rows.rows]
     return with_ids(examples, [row.get("id") for _, row in rows.rows], split)
+
+
+def preference_example(row: dict[str, Any], place: str, what: str) -> Example:
+    """A row as ``prompt``, ``chosen``, ``rejected``, their scores and their ``margin``.
+
+    Raises:
+        UserError: a column is missing there, or holds no text; the texts are identical, or scored the wrong way round.
+    """
+    texts = {c: _cell(row, c, place, what) for c in ("prompt", "chosen", "rejected")}
+    for column, value in texts.items():
+        if isinstance(value, (list, tuple)) and any(isinstance(part, dict) for part in value):
+            problem = f"the column {column!r} holds chat messages, not text"
+            raise UserError(what, place, problem, "give the texts themselves")
+    example: Example = {c: text_of(value, c, place, what) for c, value in texts.items()}
+    if example["chosen"] == example["rejected"]:
+        raise UserError(what, place, "chosen and rejected are identical", "drop that pair")
+    # People say which, not by how much: such a pair counts as one apart.
+    scores = {"chosen_score": 1.0, "rejected_score": 0.0}
+    if all(row.get(column) is not None for column in scores):
+        scores = {column: _number(row[column], column, place, what) for column in scores}
+        if scores["chosen_score"] <= scores["rejected_score"]:
+            problem = f"chosen_score {scores['chosen_score']:g} is not above rejected_score"
+            raise UserError(what, place, problem, "swap the two or drop that pair")
+    return example | scores | {"margin": scores["chosen_score"] - scores["rejected_score"]}
 
 
 def _ranking_examples(rows: Rows, split: str, fields: RankingFields) -> list[Example]:

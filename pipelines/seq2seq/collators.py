@@ -6,19 +6,24 @@ Nothing is ever cut here and no boundary between source and completion is looked
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
+from pipelines.corpus.token_cache import CACHED_FROM, made_once, token_folder
 from pipelines.seq2seq.stacks import source_name
+from pipelines.seq2seq.streamed import StreamedExamples
 from pipelines.seq2seq.training import LengthConfig, tokenize_sources, tokenize_targets
+from pipelines.stage import write_json
 
 PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 """Columns of a tokenized preference set: lists of ids; completions without a start token, with the end token. A set
@@ -183,7 +188,8 @@ class SetEpoch(TrainerCallback):
 
 
 class GroupedByLength:
-    """Mixin for a Trainer over tokenized pairs: takes its examples in the order of ``LengthGroupedSampler``.
+    """Mixin for a Trainer over tokenized pairs: takes its examples in the order of ``LengthGroupedSampler``, of a
+    stream in the stream's own.
 
     Raises:
         ValueError: when training begins, if there are fewer examples than one step takes.
@@ -198,8 +204,10 @@ class GroupedByLength:
         """Tokens of each example."""
         return pair_lengths(dataset)
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGroupedSampler:
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(dataset, StreamedExamples):
+            return SequentialSampler(dataset)
         step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         if len(dataset) < step_size:
@@ -224,7 +232,7 @@ def tokenize_pairs(
     keep: Sequence[str] = (),
     with_sources: bool = True,
 ) -> tuple[Dataset, dict[str, int]]:
-    """Token ids of preference pairs, held in memory: no cache file is written beside the data.
+    """Token ids of preference pairs: in memory, those of a large set in the cache; no file is written beside the data.
 
     Args:
         dataset: with the text columns ``prompt``, ``chosen`` and ``rejected``.
@@ -255,14 +263,28 @@ def tokenize_pairs(
         {name: dataset.features[name] for name in keep if name in dataset.features}
         | dict.fromkeys(PAIR_COLUMNS if with_sources else PAIR_COLUMNS[1:], ids)
     )
-    tokenized = dataset.map(
-        tokenize,
-        batched=True,
-        keep_in_memory=True,
-        load_from_cache_file=False,
-        features=features,
-        remove_columns=[name for name in dataset.column_names if name not in features],
-        new_fingerprint=f"{dataset._fingerprint[:48]}-pairs",
-        desc="tokenizing pairs",
-    )
-    return tokenized, cut
+
+    def tokenized(**where: Any) -> Dataset:
+        return dataset.map(
+            tokenize,
+            batched=True,
+            load_from_cache_file=False,
+            features=features,
+            remove_columns=[name for name in dataset.column_names if name not in features],
+            new_fingerprint=f"{dataset._fingerprint[:48]}-pairs",
+            desc="tokenizing pairs",
+            **where,
+        )
+
+    if len(dataset) < CACHED_FROM or not with_sources or set(features) != set(PAIR_COLUMNS):
+        return tokenized(keep_in_memory=True), cut
+    settings = [lengths.max_source_length, lengths.max_target_length, lengths.prefix]
+    folder = token_folder("preferences", dataset, ("prompt", "chosen", "rejected"), tokenizer, settings)
+
+    def make(partial: Path) -> None:
+        tokenized(cache_file_name=str(partial / "pairs.arrow"))
+        write_json(partial / "cut.json", cut)
+
+    made_once(folder, make)
+    cut = json.loads((folder / "cut.json").read_text(encoding="utf-8"))
+    return Dataset.from_file(str(folder / "pairs.arrow")), cut

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from pipelines.seq2seq.streamed import StreamedExamples
+
 T = TypeVar("T")
 
 
@@ -26,11 +28,20 @@ class DirectFields(LengthConfig, LoraFields, TrainingConfig):
 
     model: Source = Field(description="encoder-decoder to align, usually the supervised fine-tuned one; the reference")
     beta: float = Field(0.1, gt=0, description="strength of the pull to the reference, in reward units a nat")
-    precompute_ref_log_probs: bool = Field(
-        True, description="compute the reference's log-probabilities once before training and keep no reference model"
+    precompute_ref_log_probs: bool | None = Field(
+        None,
+        description="compute the reference's log-probabilities once before training and keep no reference model; null: "
+        "yes, except where the preferences are streamed",
     )
     learning_rate: float = Field(1e-5, gt=0, description="peak learning rate")
     epochs: float = Field(1.0, gt=0, description="passes over the preferences")
+
+    @property
+    def precomputes(self) -> bool:
+        """Whether the reference's log-probabilities are computed before training."""
+        if self.precompute_ref_log_probs is None:
+            return not getattr(self, "streaming", False)
+        return self.precompute_ref_log_probs
 
     def problems(self) -> list[Problem]:
         return super().problems() + model_problems({"model": self.model})
@@ -61,6 +72,7 @@ def train_directly(
     model: PreTrainedModel,
     sets: Mapping[str, Dataset],
     tokenizer: PreTrainedTokenizerBase,
+    stream: StreamedExamples | None = None,
     **arguments: Any,
 ) -> PreTrainedModel:
     """Train the policy, going on from the newest checkpoint, and write ``log_history.json``.
@@ -71,6 +83,7 @@ def train_directly(
         model: what training begins with, from ``load_policy``.
         sets: tokenized; the validation set may be empty.
         tokenizer: the model's.
+        stream: trained on instead of ``sets["train"]``, of which TRL's trainer then sees no more than its columns.
         arguments: of TRL's ``DPOConfig``, beside those that follow from ``settings``.
 
     Returns:
@@ -80,13 +93,14 @@ def train_directly(
     from trl import DPOConfig
 
     from pipelines.seq2seq import training
+    from pipelines.seq2seq.streamed import RememberStream, resume_stream
 
     watch = len(sets["validation"]) > 0
     given = training.training_arguments(
         settings,
         DPOConfig,
         beta=settings.beta,
-        precompute_ref_log_probs=settings.precompute_ref_log_probs,
+        precompute_ref_log_probs=settings.precomputes,
         precompute_ref_batch_size=settings.eval_batch_size,
         eval_strategy="steps" if watch else "no",
         eval_steps=settings.save_steps,
@@ -100,10 +114,14 @@ def train_directly(
         settings,
         eval_dataset=sets["validation"] if watch else None,
         peft_config=lora_settings(settings),
-        callbacks=[training.checkpoint_marker()],
+        callbacks=[*([RememberStream(stream)] if stream is not None else []), training.checkpoint_marker()],
         optimizer_cls_and_kwargs=training.optimizer_choice(settings),
     )
-    trainer.train(resume_from_checkpoint=training.last_checkpoint(settings))
+    checkpoint = training.last_checkpoint(settings)
+    if stream is not None:
+        trainer.train_dataset = stream
+        resume_stream(stream, checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     training.save_history(trainer, settings)
     policy, folder = trainer.accelerator.unwrap_model(trainer.model), Path(settings.output_dir)
     return merged(policy, settings, folder, save=PartialState().is_main_process)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from pipelines.config import INERT, Problem, config
-from pipelines.corpus.fields import PreferenceFields
+from pipelines.corpus.fields import PreferenceFields, StreamFields
 from pipelines.errors import UserError
 from pipelines.seq2seq.direct import DirectFields, scored_and_saved, tokenized_splits, train_directly
 from pipelines.seq2seq.lora import load_policy
@@ -35,7 +35,7 @@ _ANY_DIVERGENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robus
 
 
 @config
-class DPOStageConfig(PreferenceFields, DirectFields):
+class DPOStageConfig(StreamFields, PreferenceFields, DirectFields):
     """Direct Preference Optimization of an encoder-decoder, on TRL's trainer."""
 
     output_dir: str = Field("runs/dpo", description="folder the stage writes into", json_schema_extra=INERT)
@@ -55,6 +55,8 @@ class DPOStageConfig(PreferenceFields, DirectFields):
     ref_model_mixup_alpha: float = Field(
         0.6, gt=0, le=1, description="a move takes the reference this share of the way to the policy; 1: all of it"
     )
+
+    _stream_field: ClassVar[str] = "preferences"
 
     @property
     def loss_types(self) -> list[str]:
@@ -79,9 +81,12 @@ class DPOStageConfig(PreferenceFields, DirectFields):
         elif self.loss_weights is not None and len(self.loss_weights) != len(types):
             problem = f"{len(self.loss_weights)} weights for {len(types)} losses"
             found.append(Problem("loss_weights", self.loss_weights, problem, "give one weight for each"))
-        if self.sync_ref_model and self.precompute_ref_log_probs:
+        if self.sync_ref_model and self.precomputes:
             problem = "log-probabilities computed before training cannot follow a reference that moves"
             found.append(Problem("sync_ref_model", True, problem, "give precompute_ref_log_probs=false"))
+        if self.streaming and self.precompute_ref_log_probs:
+            problem = "a stream cannot be gone through before training"
+            found.append(Problem("precompute_ref_log_probs", True, problem, "leave it out"))
         if self.sync_ref_model and self.lora_r:
             problem = "under LoRA the reference is the model with its adapters off, which does not move"
             found.append(Problem("sync_ref_model", True, problem, "give lora_r=0, or sync_ref_model=false"))
@@ -97,7 +102,9 @@ def dpo(config: DPOStageConfig) -> dict[str, float]:
     Returns:
         Held out: ``dpo/loss`` (the sigmoid loss, whatever was trained; ln 2 at the reference), ``dpo/accuracy``
         (share with a higher implicit reward β log π/π_ref for the chosen summary, with its interval), ``dpo/margin``
-        (mean difference of implicit rewards, with its interval), ``dpo/pairs``; and the shares of texts that were cut.
+        (mean difference of implicit rewards, with its interval), ``dpo/pairs``; and the shares of texts that were cut
+        (of a stream: of what is held out and of the first training pairs). With a mixture also ``dpo/loss_<set>`` and
+        ``dpo/accuracy_<set>``; of a stream also ``dpo/skipped_rows``.
 
     Raises:
         UserError: from the model, the tokenizer or the data; or log-probabilities that are not finite.
@@ -112,19 +119,27 @@ def dpo(config: DPOStageConfig) -> dict[str, float]:
     from pipelines.seq2seq.losses import dpo_loss
     from pipelines.seq2seq.metrics import wins, with_interval
     from pipelines.seq2seq.models import load_tokenizer
+    from pipelines.seq2seq.streamed import streamed_preferences
     from pipelines.seq2seq.training import global_batch
 
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.model, field="model")
     model = load_policy(config.model)
-    pairs, cut = tokenized_splits(load_preferences(config), lambda texts: tokenize_pairs(texts, tokenizer, config))
-    global_batch(config, len(pairs["train"]), field="preferences", noun="pairs")
+    parts, stream = None, None
+    if config.streaming:
+        texts, parts, stream = streamed_preferences(config, tokenizer)
+    else:
+        texts = load_preferences(config)
+    pairs, cut = tokenized_splits(texts, lambda split: tokenize_pairs(split, tokenizer, config))
+    if stream is None:
+        global_batch(config, len(pairs["train"]), field="preferences", noun="pairs")
     policy = train_directly(
         config,
         EncoderDecoderDPOTrainer,
         model,
         pairs,
         tokenizer,
+        stream,
         loss_type=config.loss_types,
         loss_weights=config.loss_weights,
         label_smoothing=config.label_smoothing,
@@ -146,11 +161,17 @@ def dpo(config: DPOStageConfig) -> dict[str, float]:
     chosen_reward = config.beta * (chosen - chosen_reference)
     rejected_reward = config.beta * (rejected - rejected_reference)
     total = sum(map(len, pairs.values()))
+    losses, right = dpo_loss(*tensors, beta=config.beta).numpy(), wins(chosen_reward, rejected_reward)
+    of_sets = {}
+    for name, (loss, accuracy) in (parts.of(losses, right) if parts is not None else {}).items():
+        of_sets |= {f"dpo/loss_{name}": float(loss.mean()), **with_interval(f"dpo/accuracy_{name}", accuracy)}
     return {
-        "dpo/loss": dpo_loss(*tensors, beta=config.beta).mean().item(),
-        **with_interval("dpo/accuracy", wins(chosen_reward, rejected_reward)),
+        "dpo/loss": float(losses.mean()),
+        **with_interval("dpo/accuracy", right),
         **with_interval("dpo/margin", chosen_reward - rejected_reward),
         "dpo/pairs": float(len(chosen)),
         "dpo/truncated_documents": cut["documents"] / total,
         "dpo/truncated_summaries": cut["summaries"] / (2 * total),
+        **of_sets,
+        **({} if stream is None else {"dpo/skipped_rows": float(stream.skipped())}),
     }

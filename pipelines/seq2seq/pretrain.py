@@ -8,14 +8,15 @@ alone, so a killed run goes on exactly where it was.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
 from pipelines.config import INERT, config, fields_of
-from pipelines.corpus.fields import TextFields
+from pipelines.corpus.fields import StreamFields, TextFields
 from pipelines.errors import Problem, UserError
 from pipelines.seq2seq.scratch import ScratchConfig, load_or_new
 from pipelines.seq2seq.training import LengthConfig, TrainingConfig
@@ -25,11 +26,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pipelines.seq2seq.pretrain_data import Mixture, Objective, TokenRows
+    from pipelines.seq2seq.pretrain_stream import StreamedMixture
+    from pipelines.seq2seq.pretrain_text import TokenSettings
     from pipelines.seq2seq.pretrain_trainer import HeldOut
 
 
 @config
-class PretrainConfig(ScratchConfig, TextFields, LengthConfig, TrainingConfig):
+class PretrainConfig(ScratchConfig, StreamFields, TextFields, LengthConfig, TrainingConfig):
     """Pretrain a T5 from scratch, or go on with a given model."""
 
     output_dir: str = Field("runs/pretrain", description="folder the stage writes into", json_schema_extra=INERT)
@@ -60,6 +63,8 @@ class PretrainConfig(ScratchConfig, TextFields, LengthConfig, TrainingConfig):
     best: Literal["rouge", "loss"] = Field("rouge", description="keep=best: by held-out ROUGE-1, or by mean loss")
     save_dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="numbers that the weights are saved as")
 
+    _stream_field: ClassVar[str] = "text"
+
     def problems(self) -> list[Problem]:
         found = super().problems()
         if not self.weights():
@@ -74,6 +79,9 @@ class PretrainConfig(ScratchConfig, TextFields, LengthConfig, TrainingConfig):
         if self.keep == "best" and self.eval_steps is not None and self.save_steps % self.eval_steps:
             mend = f"give a divisor of save_steps={self.save_steps}"
             found.append(Problem("eval_steps", self.eval_steps, "keep=best needs an evaluation at every save", mend))
+        if self.streaming and self.supervised_weight and self.pairs is None:
+            problem, mend = "there are no documents with summaries", "give pairs=FILES, or supervised_weight=0"
+            found.append(Problem("supervised_weight", self.supervised_weight, problem, mend))
         return found
 
     def weights(self) -> dict[str, float]:
@@ -115,15 +123,11 @@ def _check_tokenizer(settings: PretrainConfig, tokenizer: PreTrainedTokenizerBas
             raise UserError(name, getattr(settings, name), problem, "shorten it, or raise max_source_length")
 
 
-def _tokens(
-    settings: PretrainConfig, tokenizer: PreTrainedTokenizerBase, progress: bool
-) -> tuple[Path, Dataset | None]:
-    """The folder of the text's tokens, written if need be, and the validation documents with their summaries."""
-    from pipelines.corpus.text import open_text
-    from pipelines.seq2seq.pretrain_text import TokenSettings, token_folder, write_tokens
-    from pipelines.stage import identity
+def token_settings(settings: PretrainConfig) -> TokenSettings:
+    """All that decides which tokens a text gives, beside the tokenizer."""
+    from pipelines.seq2seq.pretrain_text import TokenSettings
 
-    chosen = TokenSettings(
+    return TokenSettings(
         settings.max_source_length,
         settings.max_target_length,
         settings.prefix,
@@ -131,6 +135,17 @@ def _tokens(
         settings.gap_prefix,
         settings.gap_choice,
     )
+
+
+def _tokens(
+    settings: PretrainConfig, tokenizer: PreTrainedTokenizerBase, progress: bool
+) -> tuple[Path, Dataset | None]:
+    """The folder of the text's tokens, written if need be, and the validation documents with their summaries."""
+    from pipelines.corpus.text import open_text
+    from pipelines.seq2seq.pretrain_text import token_folder, write_tokens
+    from pipelines.stage import identity
+
+    chosen = token_settings(settings)
     content = [str(getattr(settings, name)) for name in fields_of(TextFields) if name not in ("text", "pairs")]
     content += [identity(value) for value in (settings.text, settings.pairs) if value is not None]
     content += [*settings.environment().values(), *settings.weights()]
@@ -148,22 +163,32 @@ def _tokens(
     return folder, None if data.pairs is None else data.pairs["validation"]
 
 
-def _objectives(
-    settings: PretrainConfig, tokenizer: PreTrainedTokenizerBase, folder: Path, split: str
+def objectives_of(
+    settings: PretrainConfig, tokenizer: PreTrainedTokenizerBase, rows_called: Callable[[str], TokenRows], where: str
 ) -> dict[str, Objective]:
-    """The objectives whose weight is above 0, over one split."""
+    """The objectives whose weight is above 0.
+
+    Args:
+        settings: of the stage.
+        tokenizer: of the model.
+        rows_called: gives the rows of a name in ``pretrain_text.FILES``.
+        where: what they are of, for messages.
+
+    Raises:
+        UserError: an objective has no rows there.
+    """
     from pipelines.seq2seq.pretrain_data import CopyObjective, PairObjective, SpanObjective
     from pipelines.seq2seq.pretrain_spans import PackedText, packed_length
-    from pipelines.seq2seq.pretrain_text import open_tokens, prefix_ids
+    from pipelines.seq2seq.pretrain_text import prefix_ids
 
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     noise = settings.noise_density, settings.mean_span
 
     def rows(name: str, objective: str) -> TokenRows:
-        found = open_tokens(folder, name, split)
+        found = rows_called(name)
         if len(found.flat) < 2:
             mend = f"give more text, or {objective}_weight=0"
-            problem = f"its {split} split gives {len(found)} examples of the objective {objective}"
+            problem = f"{where} gives {len(found)} examples of the objective {objective}"
             raise UserError("text", settings.text, problem, mend)
         return found
 
@@ -186,6 +211,14 @@ def _objectives(
     return {name: makers[name]() for name in settings.weights()}
 
 
+def _of_split(
+    settings: PretrainConfig, tokenizer: PreTrainedTokenizerBase, folder: Path, split: str
+) -> dict[str, Objective]:
+    from pipelines.seq2seq.pretrain_text import open_tokens
+
+    return objectives_of(settings, tokenizer, lambda name: open_tokens(folder, name, split), f"its {split} split")
+
+
 def _mixture(
     settings: PretrainConfig, objectives: dict[str, Objective], processes: int, pad: int, start: int
 ) -> Mixture:
@@ -206,18 +239,25 @@ def _mixture(
     return Mixture(objectives, weights, steps, accumulation, size, seed, pad, start, settings.copy_steps)
 
 
-def _held_out(
-    settings: PretrainConfig, tokenizer: PreTrainedTokenizerBase, folder: Path, pairs: Dataset | None
+def held_out_of(
+    settings: PretrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    objectives: dict[str, Objective],
+    chosen: list[dict[str, Any]],
 ) -> HeldOut:
-    from pipelines.corpus.local import sample
+    """What is measured at every evaluation.
+
+    Args:
+        settings: of the stage.
+        tokenizer: of the model.
+        objectives: over held-out text; one that is none of the stage's is measured and not counted.
+        chosen: held-out documents to be summarized, with their summary or references.
+    """
     from pipelines.seq2seq.pretrain_trainer import HeldOut
 
-    chosen = []
-    if pairs is not None:
-        chosen = pairs.select(sample(len(pairs), settings.rouge_examples, 0, "validation")).to_list()
     return HeldOut.of(
-        _objectives(settings, tokenizer, folder, "validation"),
-        settings.weights(),
+        objectives,
+        dict.fromkeys(objectives, 0.0) | settings.weights(),
         tokenizer,
         size=settings.eval_batch_size,
         limit=settings.eval_examples,
@@ -264,7 +304,9 @@ def pretrain(config: PretrainConfig) -> dict[str, float]:
         ``pretrain/<objective>_loss`` and ``pretrain/<objective>_bits_per_byte`` (of the target's text) and
         ``pretrain/<objective>_passes``; ``pretrain/rouge1``, ``pretrain/rouge2``, ``pretrain/rougeL`` of greedy
         summaries of validation documents; ``pretrain/train_loss``, ``pretrain/steps``, ``pretrain/tokens`` (trained on,
-        source and target), ``pretrain/text_tokens`` (of the packed text), ``pretrain/parameters``.
+        source and target), ``pretrain/text_tokens`` (of the packed text), ``pretrain/parameters``. Of a stream there are
+        no passes and no count of its tokens, but ``pretrain/skipped_rows``; of a mixture also each loss on each set's
+        own held-out text (``pretrain/span_<set>_loss`` …).
 
     Raises:
         UserError: unusable text, model, tokenizer or lengths; less text than a step takes.
@@ -275,6 +317,7 @@ def pretrain(config: PretrainConfig) -> dict[str, float]:
     from pipelines.seq2seq.generation import GenerationConfig
     from pipelines.seq2seq.pretrain_speed import train_fast_on_cpu
     from pipelines.seq2seq.pretrain_trainer import PretrainTrainer
+    from pipelines.seq2seq.streamed import RememberStream, resume_stream
     from pipelines.seq2seq.training import checkpoint_marker, last_checkpoint, optimizer_choice, save_history
 
     state = PartialState()
@@ -283,10 +326,8 @@ def pretrain(config: PretrainConfig) -> dict[str, float]:
     precision = choose_precision(config.precision)
     if state.device.type == "cpu":
         train_fast_on_cpu(model, precision)
-    folder, pairs = _tokens(config, tokenizer, state.is_main_process)
-    objectives = _objectives(config, tokenizer, folder, "train")
-    pad, start = tokenizer.pad_token_id, model.config.decoder_start_token_id
-    mixture = _mixture(config, objectives, state.num_processes, pad, start)
+    start = model.config.decoder_start_token_id
+    mixture, held_out = (_streamed if config.streaming else _in_files)(config, tokenizer, start)
     trainer = PretrainTrainer(
         model=model,
         args=arguments_of(config, mixture.steps),
@@ -294,10 +335,10 @@ def pretrain(config: PretrainConfig) -> dict[str, float]:
         eval_dataset=mixture,
         data_collator=as_it_is,
         processing_class=tokenizer,
-        callbacks=[checkpoint_marker()],
+        callbacks=[*([RememberStream(mixture)] if config.streaming else []), checkpoint_marker()],
     )
     trainer.optimizer_cls_and_kwargs = optimizer_choice(config)
-    trainer.schedule, trainer.held_out = mixture, _held_out(config, tokenizer, folder, pairs)
+    trainer.schedule, trainer.held_out = mixture, held_out
     trainer.settings = GenerationConfig(
         max_source_length=config.max_source_length,
         max_target_length=config.max_target_length,
@@ -305,7 +346,10 @@ def pretrain(config: PretrainConfig) -> dict[str, float]:
         precision=precision,
         generation_batch_size=config.eval_batch_size,
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(config))
+    checkpoint = last_checkpoint(config)
+    if config.streaming:
+        resume_stream(mixture, checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     _round(trainer.accelerator.unwrap_model(trainer.model), config.save_dtype)
     measured = trainer.evaluate()
     history = save_history(trainer, config)
@@ -317,14 +361,39 @@ def pretrain(config: PretrainConfig) -> dict[str, float]:
     found = {f"pretrain/{name.removeprefix('eval_')}": value for name, value in measured.items()}
     found["pretrain/eval_loss"] = found.pop("pretrain/loss")
     found |= {f"pretrain/{name}_passes": value for name, value in mixture.passes(mixture.steps).items()}
-    if "span" in objectives:
-        found["pretrain/text_tokens"] = float(len(objectives["span"].text.stream))
+    if config.streaming:
+        found["pretrain/skipped_rows"] = float(mixture.skipped())
+    elif "span" in mixture.objectives:
+        found["pretrain/text_tokens"] = float(len(mixture.objectives["span"].text.stream))
     return found | {
         "pretrain/train_loss": losses[-1] if losses else measured["eval_loss"],
         "pretrain/steps": float(mixture.steps),
         "pretrain/tokens": float(tokens),
         "pretrain/parameters": float(sum(p.numel() for p in model.parameters())),
     }
+
+
+def _in_files(settings: PretrainConfig, tokenizer: PreTrainedTokenizerBase, start: int) -> tuple[Mixture, HeldOut]:
+    from accelerate import PartialState
+
+    from pipelines.corpus.local import sample
+
+    state = PartialState()
+    folder, pairs = _tokens(settings, tokenizer, state.is_main_process)
+    objectives = _of_split(settings, tokenizer, folder, "train")
+    mixture = _mixture(settings, objectives, state.num_processes, tokenizer.pad_token_id, start)
+    chosen = []
+    if pairs is not None:
+        chosen = pairs.select(sample(len(pairs), settings.rouge_examples, 0, "validation")).to_list()
+    return mixture, held_out_of(settings, tokenizer, _of_split(settings, tokenizer, folder, "validation"), chosen)
+
+
+def _streamed(
+    settings: PretrainConfig, tokenizer: PreTrainedTokenizerBase, start: int
+) -> tuple[StreamedMixture, HeldOut]:
+    from pipelines.seq2seq.pretrain_stream import streamed_mixture
+
+    return streamed_mixture(settings, tokenizer, start)
 
 
 def as_it_is(batch: Any) -> Any:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from filelock import FileLock
 from tqdm.auto import tqdm
 
 from pipelines.cache import cache_folder
+from pipelines.corpus.token_cache import made_once, tokenizer_digest
 from pipelines.seq2seq.metrics import sentences
 from pipelines.seq2seq.pretrain_data import TokenRows, TokenWriter
 from pipelines.seq2seq.training import LengthConfig, tokenize_sources, tokenize_targets
@@ -152,9 +150,7 @@ def token_folder(settings: TokenSettings, tokenizer: PreTrainedTokenizerBase, te
         tokenizer: its whole definition counts.
         text: what names the text's content (digests).
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    definition = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    whole = [settings.__dict__, hashlib.sha256(definition.encode()).hexdigest(), list(text), Path(__file__).read_text()]
+    whole = [settings.__dict__, tokenizer_digest(tokenizer), list(text), Path(__file__).read_text()]
     return cache_folder("pretrain") / hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -193,6 +189,59 @@ def _gap_rows(
     return sources, targets
 
 
+def _lengths(settings: TokenSettings, prefix: str) -> LengthConfig:
+    return LengthConfig(
+        max_source_length=settings.max_source_length, max_target_length=settings.max_target_length, prefix=prefix
+    )
+
+
+def rows_of_texts(
+    texts: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: TokenSettings,
+    objectives: Sequence[str],
+    sentinel: int,
+    copied: bool,
+) -> dict[str, list[list[int]]]:
+    """What raw texts give: name of the rows (as in ``FILES``) -> token ids.
+
+    Args:
+        texts: documents.
+        tokenizer: of the model.
+        settings: lengths, prefixes, the choice of sentences.
+        objectives: those that are wanted.
+        sentinel: id of the first one.
+        copied: whether copying takes its documents from here.
+    """
+    found: dict[str, list[list[int]]] = {}
+    if "span" in objectives:
+        found["stream"] = _plain(tokenizer, texts)
+    if "gap" in objectives:
+        found["gap-source"], found["gap-target"] = _gap_rows(tokenizer, texts, settings, sentinel)
+    if "copy" in objectives and copied:
+        found["copy"] = tokenize_sources(tokenizer, texts, _lengths(settings, settings.copy_prefix))["input_ids"]
+    return found
+
+
+def rows_of_pairs(
+    documents: list[str],
+    summaries: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: TokenSettings,
+    objectives: Sequence[str],
+) -> dict[str, list[list[int]]]:
+    """What documents with summaries give, as ``rows_of_texts``."""
+    found: dict[str, list[list[int]]] = {}
+    if "span" in objectives:
+        found["stream"] = _plain(tokenizer, documents)
+    if "copy" in objectives:
+        found["copy"] = tokenize_sources(tokenizer, documents, _lengths(settings, settings.copy_prefix))["input_ids"]
+    if "supervised" in objectives:
+        found["source"] = tokenize_sources(tokenizer, documents, _lengths(settings, settings.prefix))["input_ids"]
+        found["target"] = tokenize_targets(tokenizer, summaries, _lengths(settings, ""))["input_ids"]
+    return found
+
+
 def _write(
     folder: Path,
     text: Any,
@@ -205,40 +254,20 @@ def _write(
 ) -> None:
     dtype = "uint16" if len(tokenizer) <= 1 << 16 else "int32"
 
-    def lengths(prefix: str) -> LengthConfig:
-        return LengthConfig(
-            max_source_length=settings.max_source_length, max_target_length=settings.max_target_length, prefix=prefix
-        )
-
     def writer(name: str, split: str) -> TokenWriter:
         return TokenWriter(folder / f"{name}-{split}.bin", dtype)
 
     for split in SPLITS:
-        files = {
-            name: writer(name, split) for name in ("stream", "gap-source", "gap-target", "copy", "source", "target")
-        }
+        files = {name: writer(name, split) for name in FILES}
         for rows in _texts(text[split], ["text"], f"tokenizing text ({split})" if progress else None):
-            if "span" in objectives:
-                files["stream"].extend(_plain(tokenizer, rows["text"]))
-            if "gap" in objectives:
-                sources, targets = _gap_rows(tokenizer, rows["text"], settings, sentinel)
-                files["gap-source"].extend(sources)
-                files["gap-target"].extend(targets)
-            if "copy" in objectives and pairs is None:
-                cut = tokenize_sources(tokenizer, rows["text"], lengths(settings.copy_prefix))["input_ids"]
-                files["copy"].extend(cut)
+            found = rows_of_texts(rows["text"], tokenizer, settings, objectives, sentinel, pairs is None)
+            for name, ids in found.items():
+                files[name].extend(ids)
         columns = ["document", "summary"]
         for rows in _texts(pairs[split], columns, f"tokenizing pairs ({split})" if progress else None) if pairs else ():
-            if "span" in objectives:
-                files["stream"].extend(_plain(tokenizer, rows["document"]))
-            if "copy" in objectives:
-                cut = tokenize_sources(tokenizer, rows["document"], lengths(settings.copy_prefix))["input_ids"]
-                files["copy"].extend(cut)
-            if "supervised" in objectives:
-                sources = tokenize_sources(tokenizer, rows["document"], lengths(settings.prefix))["input_ids"]
-                files["source"].extend(sources)
-                targets = tokenize_targets(tokenizer, rows["summary"], lengths(""))["input_ids"]
-                files["target"].extend(targets)
+            found = rows_of_pairs(rows["document"], rows["summary"], tokenizer, settings, objectives)
+            for name, ids in found.items():
+                files[name].extend(ids)
         for file in files.values():
             file.close()
     (folder / "dtype").write_text(dtype, encoding="utf-8")
@@ -253,14 +282,7 @@ def write_tokens(folder: Path, *args: Any, **kwargs: Any) -> None:
             sentinel, and whether progress is shown.
         kwargs: the same by name.
     """
-    with FileLock(str(folder.with_name(f".{folder.name}.lock"))):
-        if folder.exists():
-            return
-        partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        _write(partial, *args, **kwargs)
-        os.replace(partial, folder)
+    made_once(folder, lambda partial: _write(partial, *args, **kwargs))
 
 
 def open_tokens(folder: Path, name: str, split: str) -> TokenRows:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from pipelines.config import INERT, Problem, Source, config
-from pipelines.corpus.fields import PreferenceFields
+from pipelines.corpus.fields import PreferenceFields, StreamFields
 from pipelines.errors import UserError
 from pipelines.seq2seq.direct import tokenized_splits
 from pipelines.seq2seq.models import model_problems
@@ -16,7 +16,7 @@ from pipelines.seq2seq.training import LengthConfig, TrainingConfig
 
 
 @config
-class RewardConfig(PreferenceFields, LengthConfig, TrainingConfig):
+class RewardConfig(StreamFields, PreferenceFields, LengthConfig, TrainingConfig):
     """Train a reward model on preference pairs: the encoder reads the document, the decoder each summary."""
 
     output_dir: str = Field("runs/reward", description="folder the stage writes into", json_schema_extra=INERT)
@@ -32,6 +32,8 @@ class RewardConfig(PreferenceFields, LengthConfig, TrainingConfig):
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
     epochs: float = Field(1.0, gt=0, description="passes over the pairs; more than one or two overfit")
 
+    _stream_field: ClassVar[str] = "preferences"
+
     def problems(self) -> list[Problem]:
         return super().problems() + model_problems({"model": self.model})
 
@@ -44,7 +46,9 @@ def reward(config: RewardConfig) -> dict[str, float]:
     Returns:
         ``reward/accuracy`` (share of held-out pairs ranked right, with its interval), ``reward/train_accuracy``,
         ``reward/loss`` (held-out Bradley–Terry loss in nats), ``reward/calibration_error``, ``reward/length_accuracy``
-        (the baseline "the longer summary wins"), ``reward/pairs`` and the shares of texts that were cut.
+        (the baseline "the longer summary wins"), ``reward/pairs`` and the shares of texts that were cut (of a stream:
+        of what is held out and of the first training pairs). With a mixture also ``reward/loss_<set>`` and
+        ``reward/accuracy_<set>``; of a stream also ``reward/skipped_rows``.
 
     Raises:
         UserError: from the model, the tokenizer or the data; or a loss that is not finite.
@@ -62,6 +66,7 @@ def reward(config: RewardConfig) -> dict[str, float]:
     from pipelines.seq2seq.models import load_tokenizer
     from pipelines.seq2seq.reward_model import EncoderDecoderRewardModel
     from pipelines.seq2seq.reward_trainer import RewardTrainer, calibration, score_pairs
+    from pipelines.seq2seq.streamed import RememberStream, resume_stream, streamed_preferences
     from pipelines.seq2seq.view import silence_dropout
     from pipelines.stage import write_json
 
@@ -70,13 +75,20 @@ def reward(config: RewardConfig) -> dict[str, float]:
     model = EncoderDecoderRewardModel.from_seq2seq(config.model, config)
     if not config.dropout:
         silence_dropout(model)
-    texts = load_preferences(config)
+    parts, stream = None, None
+    if config.streaming:
+        texts, parts, stream = streamed_preferences(
+            config, tokenizer, config.margin_scale if config.use_margin else None
+        )
+    else:
+        texts = load_preferences(config)
     if config.use_margin:
         texts = _scaled_margins(texts, config.margin_scale)
     keep = ("margin",) if config.use_margin else ()
     pairs, cut = tokenized_splits(texts, lambda split: tokenize_pairs(split, tokenizer, config, keep=keep))
 
-    training.global_batch(config, len(pairs["train"]), field="preferences", noun="pairs")
+    if stream is None:
+        training.global_batch(config, len(pairs["train"]), field="preferences", noun="pairs")
     watch = len(pairs["validation"]) > 0
     if config.keep == "best" and not watch:
         raise UserError("keep", "best", "there are no validation pairs to choose by", "give keep=last")
@@ -92,15 +104,18 @@ def reward(config: RewardConfig) -> dict[str, float]:
     trainer = RewardTrainer(
         model,
         arguments,
-        pairs["train"],
+        pairs["train"] if stream is None else stream,
         pairs["validation"] if watch else None,
         tokenizer,
         use_margin=config.use_margin,
         centre=config.centre,
-        callbacks=[training.checkpoint_marker()],
+        callbacks=[*([RememberStream(stream)] if stream is not None else []), training.checkpoint_marker()],
         optimizer_cls_and_kwargs=training.optimizer_choice(config),
     )
-    trainer.train(resume_from_checkpoint=training.last_checkpoint(config))
+    checkpoint = training.last_checkpoint(config)
+    if stream is not None:
+        resume_stream(stream, checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     training.save_history(trainer, config)
 
     folder, main = Path(config.output_dir), PartialState().is_main_process
@@ -122,17 +137,22 @@ def reward(config: RewardConfig) -> dict[str, float]:
     PartialState().wait_for_everyone()
 
     lengths = [np.array([len(text.split()) for text in texts["test"][side]]) for side in ("chosen", "rejected")]
-    loss = bradley_terry_loss(torch.from_numpy(chosen), torch.from_numpy(rejected)).mean().item()
+    losses = bradley_terry_loss(torch.from_numpy(chosen), torch.from_numpy(rejected)).numpy()
+    right, of_sets = _right(chosen, rejected), {}
+    for name, (loss, accuracy) in (parts.of(losses, right) if parts is not None else {}).items():
+        of_sets |= {f"reward/loss_{name}": float(loss.mean()), **with_interval(f"reward/accuracy_{name}", accuracy)}
     total = sum(map(len, pairs.values()))
     return {
-        **with_interval("reward/accuracy", _right(chosen, rejected)),
+        **with_interval("reward/accuracy", right),
         **with_interval("reward/length_accuracy", _right(*lengths)),
         "reward/train_accuracy": float(_right(train_chosen, train_rejected).mean()),
-        "reward/loss": loss,
+        "reward/loss": float(losses.mean()),
         "reward/calibration_error": calibration_error,
         "reward/pairs": float(len(chosen)),
         "reward/truncated_documents": cut["documents"] / total,
         "reward/truncated_summaries": cut["summaries"] / (2 * total),
+        **of_sets,
+        **({} if stream is None else {"reward/skipped_rows": float(stream.skipped())}),
     }
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,7 +16,13 @@ from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedTokenizerBase, Seq2SeqTrainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from pipelines.corpus.token_cache import CACHED_FROM, made_once, token_folder
+from pipelines.seq2seq.pretrain_data import TokenRows, TokenWriter
 from pipelines.seq2seq.training import LengthConfig, tokenize_sources, tokenize_targets
+from pipelines.stage import write_json
+
+if TYPE_CHECKING:
+    from pipelines.seq2seq.streamed import Parts
 
 _CHUNK = 4096
 
@@ -52,8 +59,16 @@ class Ragged:
 class TokenizedPairs(Dataset):
     """Documents and summaries as token ids; item i is ``{input_ids, attention_mask, labels}`` (lists)."""
 
-    def __init__(self, sources: Ragged, targets: Ragged, truncated_sources: int = 0, truncated_targets: int = 0):
-        self.sources, self.targets = sources.freeze(), targets.freeze()
+    def __init__(
+        self,
+        sources: Ragged | TokenRows,
+        targets: Ragged | TokenRows,
+        truncated_sources: int = 0,
+        truncated_targets: int = 0,
+    ):
+        self.sources, self.targets = (
+            rows.freeze() if isinstance(rows, Ragged) else rows for rows in (sources, targets)
+        )
         self.truncated_sources, self.truncated_targets = truncated_sources, truncated_targets
 
     @classmethod
@@ -65,7 +80,7 @@ class TokenizedPairs(Dataset):
         *,
         progress: str | None = None,
     ) -> TokenizedPairs:
-        """Tokenize the ``document`` and ``summary`` columns of a split.
+        """Tokenize the ``document`` and ``summary`` columns of a split; those of a large one are kept in the cache.
 
         Args:
             split: a ``datasets.Dataset``.
@@ -73,7 +88,35 @@ class TokenizedPairs(Dataset):
             lengths: where documents and summaries are cut, and the prefix.
             progress: what the progress bar says; no bar without it.
         """
-        sources, targets, cut_sources, cut_targets = Ragged(), Ragged(), 0, 0
+        if len(split) < CACHED_FROM:
+            sources, targets = Ragged(), Ragged()
+            cut = cls._tokenize(split, tokenizer, lengths, sources, targets, progress)
+            return cls(sources, targets, *cut)
+        settings = [lengths.max_source_length, lengths.max_target_length, lengths.prefix]
+        folder = token_folder("pairs", split, ("document", "summary"), tokenizer, settings)
+
+        def make(partial: Path) -> None:
+            sources, targets = (TokenWriter(partial / f"{name}.bin", "int32") for name in ("sources", "targets"))
+            cut = cls._tokenize(split, tokenizer, lengths, sources, targets, progress)
+            sources.close()
+            targets.close()
+            write_json(partial / "cut.json", list(cut))
+
+        made_once(folder, make)
+        rows = (TokenRows.open(folder / f"{name}.bin", "int32") for name in ("sources", "targets"))
+        return cls(*rows, *json.loads((folder / "cut.json").read_text(encoding="utf-8")))
+
+    @staticmethod
+    def _tokenize(
+        split: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        lengths: LengthConfig,
+        sources: Ragged | TokenWriter,
+        targets: Ragged | TokenWriter,
+        progress: str | None,
+    ) -> tuple[int, int]:
+        """Fill ``sources`` and ``targets``; returns how many of each were cut."""
+        cut_sources = cut_targets = 0
         for start in tqdm(range(0, len(split), _CHUNK), desc=progress, unit_scale=_CHUNK, disable=progress is None):
             rows = split[start : start + _CHUNK]
             found = tokenize_sources(tokenizer, list(rows["document"]), lengths)
@@ -82,7 +125,7 @@ class TokenizedPairs(Dataset):
             found = tokenize_targets(tokenizer, list(rows["summary"]), lengths)
             targets.extend(found["input_ids"])
             cut_targets += found["truncated"]
-        return cls(sources, targets, cut_sources, cut_targets)
+        return cut_sources, cut_targets
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -170,20 +213,28 @@ class ExampleSchedule(Dataset):
         return self.pairs.item(index, [*source[max(0, start) :][: self.copy_length], self.end])
 
 
-def _nats_a_token(prediction: EvalPrediction) -> dict[str, float]:
-    nats, tokens = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
-    return {"eval_loss": float(nats / tokens)}
-
-
 class SFTTrainer(Seq2SeqTrainer):
     """``Seq2SeqTrainer`` whose evaluation loss is plain nats a token, whatever the batches and the label smoothing."""
 
     schedule: ExampleSchedule
+    parts: Parts | None = None
 
     def __init__(self, *args: Any, **kwargs: Any):
         # T5, BART and others take the number of tokens in a step, so the Trainer believes, and average over their own
         # part of the batch all the same: a step of several devices or parts would be several times too long.
-        super().__init__(*args, compute_loss_func=self._mean_loss, compute_metrics=_nats_a_token, **kwargs)
+        super().__init__(*args, compute_loss_func=self._mean_loss, compute_metrics=self._nats_a_token, **kwargs)
+
+    def _nats_a_token(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Nats a token over all held-out examples; of a mixture, of each set and their mean by the sets' weights."""
+        found = np.asarray(prediction.predictions, dtype=np.float64)
+        losses = {}
+        for name, (part,) in (self.parts.of(found) if self.parts is not None else {}).items():
+            nats, tokens = part.sum(axis=0)
+            losses[f"eval_loss_{name}"] = float(nats / tokens)
+        if losses:
+            return {"eval_loss": float(np.average(list(losses.values()), weights=self.parts.weights))} | losses
+        nats, tokens = found.sum(axis=0)
+        return {"eval_loss": float(nats / tokens)}
 
     def _mean_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Label-smoothed cross-entropy over the tokens of the whole step, nats a token."""
