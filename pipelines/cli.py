@@ -1,4 +1,4 @@
-"""The ``genalign`` command: list, run, report, push, doctor."""
+"""The ``genalign`` command: list, run, estimate, report, push, doctor."""
 
 from __future__ import annotations
 
@@ -34,6 +34,26 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--launcher", choices=["accelerate"], help="start each stage through accelerate launch")
     run.add_argument("--config_file", metavar="FILE.yaml", help="accelerate's configuration, for --launcher accelerate")
     run.set_defaults(action=_run)
+
+    estimate = commands.add_parser(
+        "estimate",
+        help="memory of each device and time of a chain's training stages, before anything runs",
+        description="Memory of each device and time of every training stage. Needs no weights, no data and no network: "
+        "the step of each stage is run on tensors without values.",
+    )
+    estimate.add_argument(
+        "config", metavar="CONFIG", help="chain (name or YAML), recipe's name, or a recipe's own YAML"
+    )
+    estimate.add_argument("overrides", nargs="*", metavar="[stage.]key=value", help="fields, as for genalign run")
+    estimate.add_argument("--recipe", metavar="FAMILY/STAGE", help="whose YAML it is, where it has no stages")
+    estimate.add_argument("--device", default="a100-80gb", help="see the message on an unknown one (default a100-80gb)")
+    estimate.add_argument("--launcher", default="single", help="single, ddp, fsdp, zero2, zero3 or a launcher file")
+    estimate.add_argument("--processes", type=int, help="devices (default: the launcher file's, or 8)")
+    estimate.add_argument("--utilization", type=float, default=0.4, help="share of the device's peak (default 0.4)")
+    estimate.add_argument("--documents", type=int, help="training examples, where they are not known")
+    estimate.add_argument("--json", action="store_true", help="print numbers: bytes, FLOPs and seconds")
+    estimate.add_argument("--write", action="store_true", help="put the estimate into the head of the chain's file")
+    estimate.set_defaults(action=_estimate)
 
     report = commands.add_parser("report", help="write DIR/report.html anew")
     report.add_argument("run_dir", metavar="DIR", help="a run's folder")
@@ -99,6 +119,12 @@ def _run(arguments: argparse.Namespace) -> None:
     )
 
 
+def _estimate(arguments: argparse.Namespace) -> None:
+    from pipelines.estimate import command
+
+    print(command(arguments))
+
+
 def _report(arguments: argparse.Namespace) -> None:
     from pipelines.runner import RUN_FILE
 
@@ -128,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = _parser()
     # argparse gives a subcommand's overrides up at the first option; those that come after it are picked up here.
     arguments, rest = parser.parse_known_args(argv)
-    if rest and (arguments.command != "run" or any(word.startswith("-") for word in rest)):
+    if rest and (arguments.command not in ("run", "estimate") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         arguments.overrides += rest

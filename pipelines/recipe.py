@@ -63,7 +63,7 @@ class Recipe:
         from pipelines.runner import Chain, run_stage
 
         values = read_yaml(arguments.config) if arguments.config else {}
-        if "stages" in values:
+        if "stages" in values or "base" in values:
             chain = Chain.load(arguments.config)
             name = chain.stage_of(self, arguments.stage)
             run_stage(chain, name, arguments.overrides, force=arguments.force)

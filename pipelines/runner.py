@@ -7,6 +7,9 @@
       corpus: {recipe: summarization/corpus, dataset: pydocs}
       sft: {recipe: summarization/sft, dataset: "${corpus}"}   # ${corpus} is the folder of that stage
 
+A chain may be based on another: ``base: NAME`` takes its stages and defaults, and what stands below changes or adds
+fields.
+
 A stage depends on the stages it names. It runs again only if its fingerprint changed: its own fields, its inputs'
 fingerprints, or the versions of the packages.
 """
@@ -48,7 +51,7 @@ from pipelines.stage import (
 RUN_FILE = "run.json"
 _REFERENCE = re.compile(r"^\$\{([^}]*)\}(/.*)?$")
 _NAME = re.compile(r"\w[\w.-]*")
-_CHAIN_KEYS = ("name", "about", "defaults", "stages")
+_CHAIN_KEYS = ("name", "about", "base", "defaults", "stages")
 _AFTER_A_FAILURE = "see what it printed above; the same command goes on from its last checkpoint"
 
 
@@ -82,9 +85,45 @@ def list_chains() -> list[tuple[str, str, Path]]:
     found = []
     for file in sorted(shared_folder("recipes").glob("*/*.yaml")):
         values = read_yaml(file)
-        if "stages" in values:
+        if "stages" in values or "base" in values:
             found.append((str(values.get("name", file.stem)), str(values.get("about", "")), file))
     return sorted(found)
+
+
+def chain_file(source: str | Path) -> Path:
+    """The file of a chain named by its name or by its path."""
+    path = Path(source).expanduser()
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        return path
+    by_name = {name: file for name, _, file in list_chains()}
+    if str(source) not in by_name:
+        raise UserError("chain", source, "no such chain", nearest(str(source), list(by_name)))
+    return by_name[str(source)]
+
+
+def _with_base(values: dict[str, Any], path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A chain's table on top of that of the chain it names as ``base``: fields of defaults and of stages one by one."""
+    if "base" not in values:
+        return values
+    beside = path.parent / str(values["base"])
+    file = (beside if beside.suffix and beside.exists() else chain_file(str(values["base"]))).resolve()
+    if file in (*seen, path.resolve()):
+        raise UserError("base", values["base"], f"{path.name} would be based on itself", "name another chain")
+    whole = _with_base(read_yaml(file, "base"), file, (*seen, path.resolve()))
+    merged = {**whole, **{key: value for key, value in values.items() if key != "base"}}
+    for key in ("defaults", "stages"):
+        tables = [table.get(key) or {} for table in (whole, values)]
+        if not all(isinstance(table, dict) for table in tables):
+            continue  # said where the chain is read
+        merged[key] = tables[0] | tables[1]
+        if key == "stages":
+            both = [
+                name
+                for name in tables[1]
+                if isinstance(tables[0].get(name), dict) and isinstance(tables[1][name], dict)
+            ]
+            merged[key] |= {name: tables[0][name] | tables[1][name] for name in both}
+    return merged
 
 
 def _references(value: Any) -> Iterator[str]:
@@ -139,13 +178,8 @@ class Chain:
         Raises:
             UserError: unknown chain, unknown keys, recipes or stages, or stages that wait for one another.
         """
-        path = Path(source).expanduser()
-        if not (path.suffix in (".yaml", ".yml") or path.exists()):
-            by_name = {name: file for name, _, file in list_chains()}
-            if str(source) not in by_name:
-                raise UserError("chain", source, "no such chain", nearest(str(source), list(by_name)))
-            path = by_name[str(source)]
-        values = read_yaml(path, "chain")
+        path = chain_file(source)
+        values = _with_base(read_yaml(path, "chain"), path)
         problems = [
             Problem(key, values[key], f"unknown key in {path.name}", nearest(key, _CHAIN_KEYS))
             for key in values
@@ -236,13 +270,14 @@ class Chain:
         wholes = [name, *(info.json_schema_extra or {}).get("of", [])]
         return any(True for whole in wholes for _ in _references(self.stages[stage].get(whole)))
 
-    def configured(self, run_dir: Path, overrides: list[str]) -> dict[str, Any]:
+    def configured(self, run_dir: Path, overrides: list[str], *, resolve: bool = True) -> dict[str, Any]:
         """Stage name -> its validated configuration, all mistakes of all stages shown at once.
 
         Args:
             run_dir: the run's folder.
             overrides: ``stage.key=value`` for one stage, or ``key=value`` for every stage that has the field and does
                 not take it from another stage. ``text_column=`` and the like go where the data is read first.
+            resolve: put the stages' folders in the place of ${stage}.
 
         Raises:
             UserError: one line for each mistake.
@@ -267,7 +302,7 @@ class Chain:
         for stage, table in tables.items():
             try:
                 validate(self.recipes[stage].config_class, table | {"output_dir": str(run_dir / stage)}, f"{stage}.")
-                resolved = {key: _resolved(value, run_dir) for key, value in table.items()}
+                resolved = {key: _resolved(value, run_dir) if resolve else value for key, value in table.items()}
                 configs[stage] = (resolved, str(run_dir / stage))
             except UserError as error:
                 problems.extend(error.problems)
