@@ -93,10 +93,12 @@ def continual_learning(config: ContinualLearningConfig) -> dict[str, float]:
     images, validation = _split(images, config)
     answer = Answer(config, "continual_learning", "Continual learning: permuted digits")
     results = _learned(_short_runs(config), images, validation, config)
-    chosen = {name: best_lambda(results, name, config) for name in config.networks}
-    results |= _learned(_long_runs(config, chosen[config.networks[0]]), images, validation, config, "long")
+    chosen = {name: best_lambda(results, name, config.tasks) for name in config.networks}
+    longer = _learned(_long_runs(config), images, validation, config, "long")
+    long_lambda = best_lambda(longer, config.networks[0], config.long_tasks)
+    longer |= _learned(_long_repeats(config, long_lambda), images, validation, config, "long_repeats")
     study_fisher(answer, images, config)
-    metrics = report(answer, results, chosen, images, config)
+    metrics = report(answer, results | longer, chosen, long_lambda, images, config)
     return answer.write() | metrics
 
 
@@ -130,12 +132,23 @@ def _short_runs(config: ContinualLearningConfig) -> list[Run]:
     return found
 
 
-def _long_runs(config: ContinualLearningConfig, strength: float) -> list[Run]:
+def _long_runs(config: ContinualLearningConfig) -> list[Run]:
+    """Of the longer sequence: everything but EWC on all seeds, and EWC with every λ on the first seed."""
     from pipelines.problems.continual_training import Run
 
-    methods = (("naive", 0.0), ("ewc", strength), ("rehearsal", float(config.memories[-1])))
-    seeds = range(config.seed, config.seed + config.seeds)
-    return [Run(config.networks[0], name, value, config.long_tasks, s) for name, value in methods for s in seeds]
+    first, tasks = config.networks[0], config.long_tasks
+    others = (("naive", 0.0), ("rehearsal", float(config.memories[-1])))
+    found = [Run(first, *method, tasks, config.seed + i) for method in others for i in range(config.seeds)]
+    return found + [Run(first, "ewc", value, tasks, config.seed) for value in config.lambdas]
+
+
+def _long_repeats(config: ContinualLearningConfig, strength: float) -> list[Run]:
+    """EWC of the longer sequence with the λ that was chosen, on the other seeds."""
+    from pipelines.problems.continual_training import Run
+
+    return [
+        Run(config.networks[0], "ewc", strength, config.long_tasks, config.seed + i) for i in range(1, config.seeds)
+    ]
 
 
 def _learned(
@@ -151,15 +164,17 @@ def _learned(
     return dict(zip(runs, run_shards(config.output_dir, name, runs, work, size=1), strict=True))
 
 
-def best_lambda(results: dict[Run, Any], network: str, config: ContinualLearningConfig) -> float:
-    """The λ of the highest average accuracy on the validation images, mean over seeds; the smallest of equal ones."""
+def best_lambda(results: dict[Run, Any], network: str, tasks: int) -> float:
+    """EWC's λ of the highest average accuracy on the validation images, mean over seeds; the smallest of equal ones.
 
-    def score(value: float) -> float:
-        ends = [
-            found["validation"][-1]
-            for run, found in results.items()
-            if (run.network, run.method, run.value) == (network, "ewc", value)
-        ]
-        return sum(sum(end) / len(end) for end in ends) / len(ends)
-
-    return max(config.lambdas, key=score)
+    Args:
+        results: run -> what ``learn_sequence`` returned.
+        network: which network's.
+        tasks: how many the sequence has.
+    """
+    ends: dict[float, list[float]] = {}
+    for run, found in results.items():
+        if (run.network, run.method, run.tasks) == (network, "ewc", tasks):
+            last = found["validation"][-1]
+            ends.setdefault(run.value, []).append(sum(last) / len(last))
+    return max(sorted(ends), key=lambda value: sum(ends[value]) / len(ends[value]))

@@ -56,6 +56,7 @@ def report(
     answer: Answer,
     results: dict[Run, Any],
     chosen: dict[str, float],
+    long_lambda: float,
     images: LabelledSet,
     config: ContinualLearningConfig,
 ) -> dict[str, float]:
@@ -65,6 +66,7 @@ def report(
         answer: to be filled.
         results: of all runs.
         chosen: network -> its λ.
+        long_lambda: λ of the longer sequence.
         images: that were learned.
         config: of the stage.
     """
@@ -84,7 +86,7 @@ def report(
     _matrices(answer, found, chosen, config)
     _sweeps(answer, found, config)
     _trade_off(answer, found, config)
-    return metrics | _long(answer, found, chosen[first], config)
+    return metrics | _long(answer, found, long_lambda, config)
 
 
 def _methods(network: str, chosen: dict[str, float], config: ContinualLearningConfig) -> list[tuple[str, float]]:
@@ -265,7 +267,7 @@ def _long(answer: Answer, found: Results, strength: float, config: ContinualLear
         metrics |= {key: end.value, f"{key}_ci_low": end.low, f"{key}_ci_high": end.high}
         answer.value(**{f"long_{method}": end.value})
     columns = ["method", "average accuracy", "forgetting"]
-    answer.table("long", columns, rows, f"The {first} after {count} tasks; λ as chosen on {config.tasks}.")
+    answer.table("long", columns, rows, f"The {first} after {count} tasks; λ by the first seed's held-out images.")
     answer.value(long_tasks=count)
     answer.figure(
         Figure(

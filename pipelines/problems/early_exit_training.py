@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -155,26 +156,20 @@ def _skipping(network: StagedNetwork, test: Labelled, threshold: float) -> dict[
 
 def _seconds(
     networks: dict[str, StagedNetwork], images: Tensor, config: EarlyExitNetworkConfig
-) -> dict[str, dict[str, float]]:
-    """Seconds an image of each network: one image at a time, and in batches; of ``early`` at every timed threshold."""
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds an image of each network, [wall, processor]: one by one and in a batch; with exits at each threshold."""
     few = images[: config.timed_images]
     found = {}
     for kind, parts in (("single", few.split(1)), ("batch", images[: config.timed_batch].split(config.timed_batch))):
-        actions = {name: _answering(networks[name], parts, None) for name in ("baseline", "small")}
+        actions = {name: [partial(_answer, networks[name], part) for part in parts] for name in ("baseline", "small")}
         for threshold in config.thresholds:
-            actions[f"{threshold:g}"] = _answering(networks["early"], parts, threshold)
+            actions[f"{threshold:g}"] = [partial(networks["early"].leave_early, part, threshold) for part in parts]
         count = sum(len(part) for part in parts)
-        found[kind] = {name: s / count for name, s in least_seconds(actions, config.timed_repeats).items()}
+        taken = least_seconds(actions, config.timed_repeats)
+        found[kind] = {name: [seconds / count for seconds in both] for name, both in taken.items()}
     return found
 
 
-def _answering(network: StagedNetwork, parts: tuple[Tensor, ...], threshold: float | None):
-    @torch.no_grad()
-    def answer() -> None:
-        for part in parts:
-            if threshold is None:
-                network(part)
-            else:
-                network.leave_early(part, threshold)
-
-    return answer
+@torch.no_grad()
+def _answer(network: StagedNetwork, images: Tensor) -> Tensor:
+    return network(images)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from pipelines.errors import UserError
 
@@ -41,31 +41,48 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def least_seconds(actions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Wall-clock seconds of each action on one thread: the least of some repeats.
+class Seconds(NamedTuple):
+    """What a piece of work takes.
 
-    What else runs on a machine only ever adds time, so the least is the estimate that it disturbs least. The actions
-    take turns, so that a slow spell falls on all of them; each is done once before, unmeasured.
+    Attributes:
+        wall: of the clock on the wall.
+        processor: of this thread on the processor: what the wall's clock would show if nothing else ran. The wall's
+            where a GPU computes.
+    """
+
+    wall: float
+    processor: float
+
+
+def least_seconds(actions: Mapping[str, Sequence[Callable[[], object]]], repeats: int) -> dict[str, Seconds]:
+    """Seconds of each action on one thread: each of its pieces at its least over some repeats, added up.
+
+    What else runs on a machine only ever adds time, so the least is the estimate that it disturbs least, and short
+    pieces have a chance of not being disturbed at all. The actions take turns, so that a slow spell falls on all of
+    them; each is done once before, unmeasured.
 
     Args:
-        actions: name -> what is timed.
+        actions: name -> the pieces of work that are timed, one after the other.
         repeats: times that each is measured, at least 1.
     """
     import torch
 
-    def wait() -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+    on_gpu = torch.cuda.is_available()
 
-    found = dict.fromkeys(actions, float("inf"))
+    def now() -> tuple[float, float]:
+        if on_gpu:
+            torch.cuda.synchronize()
+        wall = time.perf_counter()
+        return wall, wall if on_gpu else time.thread_time()
+
+    least = {name: [Seconds(float("inf"), float("inf"))] * len(pieces) for name, pieces in actions.items()}
     with one_thread():
-        for action in actions.values():
-            action()
-        for _ in range(repeats):
-            for name, action in actions.items():
-                wait()
-                start = time.perf_counter()
-                action()
-                wait()
-                found[name] = min(found[name], time.perf_counter() - start)
-    return found
+        for turn in range(repeats + 1):
+            for name, pieces in actions.items():
+                for place, piece in enumerate(pieces):
+                    before = now()
+                    piece()
+                    taken = (after - start for after, start in zip(now(), before, strict=True))
+                    if turn:
+                        least[name][place] = Seconds(*map(min, taken, least[name][place]))
+    return {name: Seconds(*map(sum, zip(*pieces, strict=True))) for name, pieces in least.items()}

@@ -143,12 +143,15 @@ def test_rehearsal_keeps_some_of_every_task(images):
 
 
 def test_lambda_is_chosen_on_the_validation_images():
-    config = validate(ContinualLearningConfig, {"lambdas": [1.0, 2.0], "seeds": 1})
     results = {
-        Run("mlp", "ewc", 1.0, 3, 0): {"validation": [[0.0], [0.9, 0.9]], "test": [[0.0], [0.1, 0.1]]},
+        Run("mlp", "ewc", 1.0, 3, 0): {"validation": [[0.0], [0.8, 0.9]], "test": [[0.0], [0.1, 0.1]]},
         Run("mlp", "ewc", 2.0, 3, 0): {"validation": [[0.0], [0.5, 0.9]], "test": [[0.0], [0.9, 0.9]]},
     }
-    assert best_lambda(results, "mlp", config) == 1.0
+    assert best_lambda(results, "mlp", 3) == 1.0
+    results[Run("mlp", "ewc", 2.0, 3, 1)] = {"validation": [[0.0], [1.0, 1.0]]}
+    assert best_lambda(results, "mlp", 3) == 1.0  # 0.85 both: the smaller
+    results[Run("mlp", "ewc", 2.0, 3, 2)] = {"validation": [[0.0], [1.0, 1.0]]}
+    assert best_lambda(results, "mlp", 3) == 2.0
 
 
 def small(folder, **fields):
