@@ -15,6 +15,7 @@ from pipelines.problems.continual_study import softmax_regression_fisher
 from pipelines.problems.continual_training import Permutation, Rehearsal, Run
 from pipelines.problems.image_data import Labelled
 from pipelines.problems.small_networks import convolutional, perceptron
+from tests.problems.pages import assert_page_is_filled
 
 
 @pytest.fixture
@@ -164,6 +165,7 @@ def small(folder, **fields):
 def test_the_stage_compares_and_goes_on_where_it_was_killed(tmp_path):
     metrics = continual_learning(small(tmp_path / "a"))
     assert metrics["continual_learning/checks_failed"] == 0
+    assert_page_is_filled(tmp_path / "a")
     assert metrics["continual_learning/mlp_rehearsal_accuracy"] > metrics["continual_learning/mlp_naive_accuracy"]
     assert metrics["continual_learning/mlp_ewc_forgetting"] < metrics["continual_learning/mlp_naive_forgetting"]
     whole = tmp_path / "a" / "checkpoints" / "short"

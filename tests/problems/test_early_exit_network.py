@@ -15,6 +15,7 @@ from pipelines.problems import early_exit_layers as layers
 from pipelines.problems.early_exit_layers import ExitPoint, StagedNetwork
 from pipelines.problems.early_exit_network import EarlyExitNetworkConfig, early_exit_network
 from pipelines.problems.fits import bend, power_law, seed_interval
+from tests.problems.pages import assert_page_is_filled
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +178,7 @@ def small(folder, **fields):
 def test_the_stage_measures_and_goes_on_where_it_was_killed(tmp_path):
     metrics = early_exit_network(small(tmp_path / "a"))
     assert metrics["early_exit_network/checks_failed"] == 0
+    assert_page_is_filled(tmp_path / "a")
     assert metrics["early_exit_network/baseline_accuracy"] > 0.5
     assert 0 < metrics["early_exit_network/macs_share"] < 1.05
     part = tmp_path / "b" / "checkpoints" / "seeds"

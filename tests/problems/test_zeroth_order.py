@@ -11,6 +11,7 @@ from pipelines.errors import UserError
 from pipelines.problems import zeroth_order_math as math
 from pipelines.problems.zeroth_order import METHODS, ZerothOrderConfig, zeroth_order
 from pipelines.problems.zeroth_order_training import Baseline, BlackBox, gradient_at_logits
+from tests.problems.pages import assert_page_is_filled
 
 
 @pytest.fixture
@@ -117,6 +118,7 @@ def small(folder, **fields):
 def test_the_stage_learns_from_answers_and_goes_on_where_it_was_killed(tmp_path):
     metrics = zeroth_order(small(tmp_path / "a"))
     assert metrics["zeroth_order/checks_failed"] == 0
+    assert_page_is_filled(tmp_path / "a")
     assert metrics["zeroth_order/leave_one_out_accuracy"] > 0.6  # chance is 0.1
     assert metrics["zeroth_order/supervised_accuracy"] > 0.85
     assert metrics["zeroth_order/exact_accuracy"] > metrics["zeroth_order/none_accuracy"]
