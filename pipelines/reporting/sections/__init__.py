@@ -8,6 +8,7 @@ from pipelines.reporting.sections.best_of_n import best_of_n
 from pipelines.reporting.sections.curves import learning_curves
 from pipelines.reporting.sections.data import data
 from pipelines.reporting.sections.examples import examples
+from pipelines.reporting.sections.few_examples import few_examples
 from pipelines.reporting.sections.images import images
 from pipelines.reporting.sections.images_training import images_training
 from pipelines.reporting.sections.known_optimum import known_optimum
@@ -22,6 +23,7 @@ from pipelines.reporting.sections.reward import reward_model
 SECTIONS: tuple[SectionWriter, ...] = (
     problems,
     results,
+    few_examples,
     examples,
     ppo,
     best_of_n,
