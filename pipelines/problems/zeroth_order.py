@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 METHODS = {
     "supervised": "supervised",
-    "exact": "exact expectation",
+    "exact": "exact",
     "leave_one_out": "leave one out",
-    "several": "several, no baseline",
+    "several": "several draws",
     "mean": "running mean",
     "none": "no baseline",
 }
@@ -34,11 +34,11 @@ class ZerothOrderConfig(ImageExerciseConfig):
     width: int = Field(64, ge=2, description="units of each of the two hidden layers")
     steps: int | None = Field(None, ge=1, description="optimizer steps; null: 2000 on the digits, 4000 on other data")
     batch_size: int = Field(64, ge=1, description="images of a step, drawn with replacement")
-    learning_rate: float = Field(2e-3, gt=0, description="of Adam, the same for all methods")
+    learning_rate: float = Field(5e-4, gt=0, description="of Adam, the same for all methods")
     samples: int = Field(4, ge=2, le=64, description="labels drawn for an image where a method draws several")
     seeds: int = Field(5, ge=1, le=50, description="trainings of each method, with their own weights and draws")
-    curve_points: int = Field(25, ge=2, le=200, description="moments at which accuracy and scatter are measured")
-    estimates: int = Field(24, ge=2, description="estimates of one gradient by which its scatter is measured")
+    curve_points: int = Field(20, ge=2, le=200, description="moments at which accuracy and scatter are measured")
+    estimates: int = Field(16, ge=2, description="estimates of one gradient by which its scatter is measured")
 
     @property
     def step_count(self) -> int:
@@ -207,43 +207,53 @@ def _draw(answer: Answer, curves: dict[str, list[Any]]) -> None:
     from pipelines.reporting import plots
     from pipelines.reporting.plots import Panel, Series
 
-    shown = []
+    means, worst = [], []
     for number, (method, label) in enumerate(METHODS.items()):
-        values = 100 * np.array([c["accuracy"] for c in curves[method]])
-        bars = list(zip(values.min(0), values.max(0), strict=True)) if len(values) > 1 else []
-        shown.append(Series(label, curves[method][0]["steps"], values.mean(0), colour=number, bars=bars))
-    alt = "; ".join(f"{s.label}: {s.y[-1]:.1f} % at the end" for s in shown)
+        values, steps = 100 * np.array([c["accuracy"][1:] for c in curves[method]]), curves[method][0]["steps"][1:]
+        means.append(Series(label, steps, values.mean(0), colour=number))
+        worst.append(Series("", steps, values.min(0), colour=number))
+    alt = "; ".join(f"{s.label}: {s.y[-1]:.1f} % at the end" for s in means)
+    panels = [Panel(means, "accuracy, %", zero=True), Panel(worst, "of the worst seed, %", zero=True)]
     answer.figure(
         Figure(
             "convergence",
-            svg=plots.lines("zeroth_order-convergence", [Panel(shown, "test accuracy, %")], "optimizer steps", alt),
-            caption="Means over seeds, bars from the worst to the best: a baseline buys speed and steadiness.",
+            svg=plots.lines("zeroth_order-convergence", panels, "optimizer steps", alt, logx=True),
+            caption="Test accuracy, mean over the seeds and of the worst one: a baseline buys an early start.",
             title="How fast each learns",
         )
     )
-    first = curves["leave_one_out"][0]
-    steps = first["steps"]
+    _draw_scatter(answer, curves["leave_one_out"][0])
+
+
+def _draw_scatter(answer: Answer, curve: dict[str, Any]) -> None:
+    """Figure and table of how the estimates scatter at the weights of one training."""
+    from pipelines.reporting import plots
+    from pipelines.reporting.plots import Panel, Series
+
     names = ("none", "mean", "several", "leave_one_out")
-    scatter = [
-        Series(METHODS[n], steps, [max(s[n], 1e-12) for s in first["scatter"]], colour=list(METHODS).index(n))
+    steps, found = curve["steps"], curve["scatter"]
+    shown = [
+        Series(METHODS[n], steps[1:], [max(s[n], 1e-12) for s in found[1:]], colour=list(METHODS).index(n))
         for n in names
     ]
-    scatter.append(Series("‖g‖² itself", steps, [max(s["gradient"], 1e-12) for s in first["scatter"]], colour=1))
-    alt = "; ".join(f"{s.label}: from {s.y[0]:.2g} to {s.y[-1]:.2g}" for s in scatter)
+    shown.append(Series("‖g‖²", steps[1:], [max(s["gradient"], 1e-12) for s in found[1:]], colour=1))
+    alt = "; ".join(f"{s.label}: from {s.y[0]:.2g} to {s.y[-1]:.2g}" for s in shown)
     answer.figure(
         Figure(
             "scatter",
-            svg=plots.lines("zeroth_order-scatter", [Panel(scatter, "E‖ĝ − g‖²", log=True)], "optimizer steps", alt),
+            svg=plots.lines(
+                "zeroth_order-scatter", [Panel(shown, "E‖ĝ − g‖²", log=True)], "optimizer steps", alt, logx=True
+            ),
             caption="Scatter of the estimates of one batch's gradient, all at the same weights, beside that gradient.",
             title="Variance of the gradient while it learns",
         )
     )
-    begin, end = first["scatter"][0], first["scatter"][-1]
-    middle = first["scatter"][len(first["scatter"]) // 2]
-    answer.value(
-        first_ratio=begin["none"] / begin["mean"],
-        middle_ratio=middle["none"] / middle["mean"],
-        middle_leave_one_out=middle["several"] / middle["leave_one_out"],
-        first_noise=begin["none"] / begin["gradient"],
-        last_noise=end["none"] / end["gradient"],
-    )
+    last = len(steps) - 1
+    rows = []
+    for at in sorted({0, last // 4, last // 2, 3 * last // 4, last}):
+        here = found[at]
+        rows.append([steps[at], f"{here['loss']:.3f}", *(f"{here[n]:.2g}" for n in ("gradient", *names))])
+    columns = ["step", "expected loss", "‖g‖²", *(METHODS[n] for n in names)]
+    answer.table("scatter", columns, rows, "E‖ĝ − g‖² in the space of the weights, for one batch of images.")
+    begin = found[0]
+    answer.value(first_ratio=begin["none"] / begin["mean"], first_noise=begin["none"] / begin["gradient"])
