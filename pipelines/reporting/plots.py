@@ -76,9 +76,10 @@ class Series:
         label: its name in the legend; empty for none.
         x, y: equally many numbers.
         smooth: draw the raw values faintly and their running mean strongly.
-        points: draw dots instead of a line.
+        points: draw dots instead of a line, faint ones for clouds of many.
         colour: index into ``SERIES``.
         bars: the (low, high) ends of an interval at each x, drawn as a bar; empty for none.
+        marks: draw large dots instead of a line, for a few places that count.
     """
 
     label: str
@@ -88,6 +89,7 @@ class Series:
     points: bool = False
     colour: int | None = None
     bars: Sequence[tuple[float, float]] = ()
+    marks: bool = False
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,9 @@ def _draw(axis: Axes, series: Series, colour: str) -> None:
     x, y = thinned(series.x, series.y)
     if series.bars:
         axis.vlines(series.x, *zip(*series.bars, strict=True), color=colour, linewidth=1.2, alpha=0.6)
+    if series.marks:
+        axis.plot(x, y, "o", color=colour, markersize=5.5, label=series.label or None)
+        return
     if series.points:
         axis.plot(x, y, "o", color=colour, markersize=2.6, markeredgewidth=0, alpha=0.45, label=series.label or None)
         return
