@@ -37,11 +37,11 @@ def strategy_problems(config_class: type, strategy: Strategy, what: str = "distr
     """Why a stage cannot train under a strategy; nothing where it can, or trains nothing.
 
     Args:
-        config_class: of the stage. Those that train have ``strategies``.
+        config_class: of the stage. Those that train have ``parallelism``.
         strategy: how it is, or is to be, launched.
         what: who or what asks for it, for the message.
     """
-    known = getattr(config_class, "strategies", None)
+    known = getattr(config_class, "parallelism", None)
     if known is None or strategy in known:
         return []
     problem = "this recipe needs the whole model in each process"

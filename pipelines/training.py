@@ -27,7 +27,7 @@ _TIME_DEPENDENT = ("runtime", "per_second", "total_flos", "train_loss", "train_t
 class LoopConfig(PublishFields, StageConfig):
     """Optimization, precision, logging and checkpoints."""
 
-    strategies: ClassVar[tuple[Strategy, ...]] = ("ddp",)
+    parallelism: ClassVar[tuple[Strategy, ...]] = ("ddp",)
     """How several processes may share the stage's work."""
 
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from pipelines.config import INERT, config
 from pipelines.corpus.fields import CorpusFields, StreamFields
+from pipelines.distributed import Strategy
 from pipelines.errors import Problem
 from pipelines.seq2seq.scratch import ScratchConfig, load_or_new
 from pipelines.seq2seq.training import LengthConfig, TrainingConfig
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 @config
 class SFTConfig(ScratchConfig, StreamFields, CorpusFields, LengthConfig, TrainingConfig):
     """Fine-tune a model on documents and summaries, or train a T5 from scratch where no model is given."""
+
+    parallelism: ClassVar[tuple[Strategy, ...]] = ("ddp", "fsdp", "zero2", "zero3")
 
     output_dir: str = Field("runs/sft", description="folder the stage writes into", json_schema_extra=INERT)
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="probability spread evenly over the vocabulary")

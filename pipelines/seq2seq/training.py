@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from pipelines.config import INERT, StageConfig, config
-from pipelines.errors import UserError
+from pipelines.distributed import launched_strategy
+from pipelines.errors import Problem, UserError
 from pipelines.stage import CHECKPOINTS
 from pipelines.tracking import LOGS, PROJECT, run_name
 from pipelines.training import LoopConfig, check_finite, checkpoint_folder, clean_history, mark_whole, write_history
@@ -43,6 +44,13 @@ class TrainingConfig(LoopConfig):
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, more time", json_schema_extra=INERT
     )
+
+    def problems(self) -> list[Problem]:
+        found = super().problems()
+        if self.optimizer == "adafactor" and launched_strategy() != "ddp":
+            problem = "it keeps the means of whole rows and columns, and weights are in parts"
+            found.append(Problem("optimizer", self.optimizer, problem, "give optimizer=adamw, or launch with ddp.yaml"))
+        return found
 
 
 def training_arguments(config: TrainingConfig, cls: type, **overrides: Any) -> Any:

@@ -1,4 +1,5 @@
-"""Runs a recipe's script so that a test can disturb it: every process leaves its number, and pauses before each step.
+"""Runs a recipe's script so that a test can disturb it: every process leaves its number and what kind its
+parameters are of, and pauses before each step.
 
 accelerate launch --config_file … tests/launch/disturbed.py FOLDER SECONDS recipes/summarization/sft.py …
 """
@@ -18,9 +19,11 @@ def main() -> None:
 
     plain = Trainer.training_step
 
-    def training_step(*args, **kwargs):
+    def training_step(trainer, model, *args, **kwargs):
         time.sleep(float(seconds))
-        return plain(*args, **kwargs)
+        kinds = {type(parameter.data).__name__ for parameter in model.parameters()}
+        Path(folder, f"parameters-{os.environ.get('RANK', '0')}").write_text(" ".join(sorted(kinds)))
+        return plain(trainer, model, *args, **kwargs)
 
     Trainer.training_step = training_step
     sys.argv = [script, *words]

@@ -40,8 +40,8 @@ def support_table() -> str:
         if "precision" not in fields:
             continue
         choices = ", ".join(typing.get_args(fields["precision"].annotation))
-        strategies = ", ".join(getattr(recipe.config_class, "strategies", ()))
-        rows.append(f"| {name} | {choices} | {strategies or 'share its work out, train nothing'} |\n")
+        strategies = ", ".join(getattr(recipe.config_class, "parallelism", ()))
+        rows.append(f"| {name} | {choices} | {strategies or 'trains nothing'} |\n")
     return HEAD + "".join(rows)
 
 
