@@ -185,12 +185,11 @@ def files_of(artifact: Artifact, base: str | None, work: Path) -> dict[str, Path
 def _without_paths(path: Path, base: str | None) -> Path | bytes:
     """A configuration without the places on this machine that some libraries write into it; with the base given."""
     content = _json(path)
-    changed = {
-        key: (base or "")
-        for key, value in content.items()
-        if key.endswith("name_or_path") and isinstance(value, str) and (base or _is_here(value))
-    }
-    if all(content[key] == value for key, value in changed.items()):
+    paths = {k: v for k, v in content.items() if k.endswith("name_or_path") and isinstance(v, str) and v}
+    changed = {key: "" for key, value in paths.items() if _is_here(value)}
+    if base is not None:
+        changed["base_model_name_or_path"] = base
+    if all(content.get(key) == value for key, value in changed.items()):
         return path
     return (json.dumps(content | changed, indent=2, ensure_ascii=False) + "\n").encode()
 

@@ -37,8 +37,8 @@ def make_all(run: Path) -> dict[str, tuple[Path, bool]]:
 def _tokenizer(folder: Path) -> Any:
     from pipelines.corpus.unigram import train
 
-    write_stage(folder, "summarization/tokenizer", {"dataset": "pydocs"}, metrics={"tokenizer/vocab_size": 160})
-    made = train([*DOCUMENTS, *SUMMARIES, "abcdefghijklmnopqrstuvwxyz ?:"], 160, lowercase=True)
+    write_stage(folder, "summarization/tokenizer", {"dataset": "pydocs"}, metrics={"tokenizer/vocab_size": 320})
+    made = train([*DOCUMENTS, *SUMMARIES, "abcdefghijklmnopqrstuvwxyz ?:"], 320, lowercase=True)
     made.save_pretrained(folder)
     return made
 
@@ -230,7 +230,21 @@ def _of_reward(place: str, second: str, words: dict) -> Any:
 def _of_lora(place: str, second: str, words: dict) -> Any:
     from peft import AutoPeftModelForSeq2SeqLM
 
-    return _of_seq2seq(place, second, words, AutoPeftModelForSeq2SeqLM)
+    return _of_seq2seq(place, second, words, _OnBase(second) if Path(place).exists() else AutoPeftModelForSeq2SeqLM)
+
+
+class _OnBase:
+    """Loads an adapter from a folder, which does not name its base, on a model from another."""
+
+    def __init__(self, base: str):
+        self.base = base
+
+    def from_pretrained(self, place: str) -> Any:
+        """The two together."""
+        from peft import PeftModel
+        from transformers import AutoModelForSeq2SeqLM
+
+        return PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(self.base), place)
 
 
 def _of_prompt(place: str, second: str, words: dict) -> Any:
@@ -252,7 +266,11 @@ def _of_pairs(place: str, second: str, words: dict) -> Any:
 def _of_pipeline(place: str, second: str, words: dict) -> Any:
     from pipelines.images.gan_pipeline import GANPipeline
 
-    pipeline = GANPipeline.from_pretrained(place, **words)
+    if not Path(place).exists():
+        from huggingface_hub import snapshot_download
+
+        place = snapshot_download(place, **words)
+    pipeline = GANPipeline.from_pretrained(place)
     return pipeline(3, torch.Generator().manual_seed(1), output_type="np").images.tolist()
 
 

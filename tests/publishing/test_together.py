@@ -27,7 +27,7 @@ def forks(tmp_path_factory: pytest.TempPathFactory):
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """What the tokenizer's stage is told: a small one, of a toy language."""
     data = write_corpus(tmp_path_factory.mktemp("data") / "toy")
-    return [f"dataset={data}", "text_column=source", "summary_column=target", "vocab_size=200"]
+    return [f"dataset={data}", "text_column=source", "summary_column=target", "vocab_size=256"]
 
 
 class Launched:
@@ -119,11 +119,11 @@ def test_two_processes_push_once_and_end(
 
 CHAIN = """
 name: pushed
-defaults: {{vocab_size: 200}}
+defaults: {{vocab_size: 256}}
 stages:
   corpus: {{recipe: summarization/corpus, dataset: {data}, text_column: source, summary_column: target}}
   first: {{recipe: summarization/tokenizer, dataset: "${{corpus}}"}}
-  second: {{recipe: summarization/tokenizer, dataset: "${{corpus}}", vocab_size: 180}}
+  second: {{recipe: summarization/tokenizer, dataset: "${{corpus}}", vocab_size: 260}}
 """
 
 
