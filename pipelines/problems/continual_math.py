@@ -136,6 +136,19 @@ class QuadraticPenalty:
         return self.strength * ((self.precision * (weights - self.centre).square()).sum() + self.constant)
 
 
+def largest_strength(fisher: Tensor, learning_rate: float, momentum: float) -> float:
+    """The λ from which on SGD with momentum diverges on the penalty: (1 + μ)/(η max F).
+
+    A heavy ball on a parabola of curvature h comes to rest only if ηh < 2(1 + μ) (Polyak 1964); here h = 2λF.
+
+    Args:
+        fisher: (P,), of all earlier tasks together.
+        learning_rate: η.
+        momentum: μ.
+    """
+    return (1 + momentum) / (learning_rate * float(fisher.max()))
+
+
 def average_accuracy(matrix: Tensor) -> float:
     """Mean accuracy over all T tasks after the last (Lopez-Paz and Ranzato 2017).
 

@@ -13,6 +13,7 @@ from pipelines.problems.continual_math import (
     QuadraticPenalty,
     fisher_diagonal,
     flat_parameters,
+    largest_strength,
     per_example_gradients,
     shortcut_diagonal,
 )
@@ -76,6 +77,7 @@ def study_fisher(answer: Answer, images: LabelledSet, config: ContinualLearningC
     answer.value(
         fisher_batch=size,
         fisher_count=count,
+        lambda_limit=largest_strength(fisher, config.learning_rate, config.momentum),
         shortcut_ratio=float(ratios.mean()),
         sum_ratio=float(ratios.mean()) * size**2,
         shortcut_correlation=_correlation(draws[0], fisher),
@@ -181,14 +183,14 @@ def _scatter(answer: Answer, fisher: Tensor, sampled: Tensor, shortcut: Tensor, 
         Series("shortcut", x, short, points=True, colour=1),
         Series("equal", ends, ends, colour=2),
     ]
-    alt = f"The shortcut lies {size} times below the Fisher and scatters more than the drawn labels"
+    alt = f"The shortcut lies about {size} times below the Fisher"
     answer.figure(
         Figure(
             "fisher",
             svg=plots.lines(
                 "continual_learning-fisher", [Panel(series, "estimate", log=True)], "F of a weight", alt, logx=True
             ),
-            caption="A dot is a weight: squared mean gradients lie a batch's size too low, and scatter more.",
+            caption="A dot is a weight: squared mean gradients lie too low, by the size of the batch.",
             title="The Fisher diagonal and its shortcut",
         )
     )

@@ -115,6 +115,21 @@ def test_the_penalty_is_the_sum_over_tasks(tasks):
     torch.testing.assert_close(one, two, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize(("share", "holds"), [(0.97, True), (1.03, False)])
+def test_sgd_holds_below_the_largest_strength_and_diverges_above_it(share, holds):
+    fisher = torch.tensor([0.5, 7.0, 0.1], dtype=torch.float64)
+    strength = share * math.largest_strength(fisher, 0.01, 0.9)
+    penalty = math.QuadraticPenalty(strength, 3, fisher)
+    penalty.add(fisher, torch.zeros(3, dtype=torch.float64))
+    weights = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = torch.optim.SGD([weights], lr=0.01, momentum=0.9)
+    for _ in range(2000):
+        optimizer.zero_grad()
+        penalty(weights).backward()
+        optimizer.step()
+    assert (float(weights.detach().abs().max()) < 1) == holds
+
+
 def test_measures_of_a_matrix_worked_out_by_hand():
     matrix = torch.tensor([[0.9, 0.1, 0.1], [0.7, 0.8, 0.2], [0.5, 0.6, 0.7]], dtype=torch.float64)
     assert math.average_accuracy(matrix) == pytest.approx((0.5 + 0.6 + 0.7) / 3)
