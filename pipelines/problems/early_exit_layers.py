@@ -41,8 +41,9 @@ class Block(nn.Module):
 class StagedNetwork(nn.Module):
     """ResNet-18's plan at a small width: a 3×3 stem and stages of basic blocks, each of twice the channels.
 
-    Every stage but the first halves the sides. After each stage stands an exit (mean over the pixels and a linear
-    layer); the last one's is the network's own output.
+    Every stage but the first halves the sides. After each stage stands an exit: means over the pixels and a linear
+    layer. The last one's, the network's own output, takes one mean of all pixels, as ResNet does; the early ones take
+    those of the four quarters, since early features do not yet say where something is.
 
     Args:
         channels: of the images.
@@ -66,13 +67,11 @@ class StagedNetwork(nn.Module):
             before, stride = (width, 1) if number == 0 else (widths[number - 1], 2)
             rest = [Block(after, after, 1) for _ in range(blocks - 1)]
             self.stages.append(nn.Sequential(Block(before, after, stride), *rest))
-        leaving = range(stages) if exits else [stages - 1]
-        self.heads = nn.ModuleDict(
-            {
-                str(i): nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[i], classes))
-                for i in leaving
-            }
-        )
+        self.heads = nn.ModuleDict()
+        for number in range(stages) if exits else [stages - 1]:
+            parts = 1 if number == stages - 1 else 2
+            linear = nn.Linear(widths[number] * parts**2, classes)
+            self.heads[str(number)] = nn.Sequential(nn.AdaptiveAvgPool2d(parts), nn.Flatten(), linear)
 
     @property
     def exits(self) -> list[int]:
@@ -120,9 +119,11 @@ class StagedNetwork(nn.Module):
             here = self.heads[str(number)](x)
             last = number == len(self.stages) - 1
             leaving = torch.ones(len(x), dtype=torch.bool, device=x.device) if last else entropy(here) < threshold
-            at = self.exits.index(number)
-            logits[rows[leaving]], left_by[rows[leaving]] = here[leaving], at
-            if bool(leaving.all()):
+            count = int(leaving.sum())
+            if not count:
+                continue
+            logits[rows[leaving]], left_by[rows[leaving]] = here[leaving], self.exits.index(number)
+            if count == len(x):
                 break
             rows, x = rows[~leaving], x[~leaving]
         return logits, left_by
