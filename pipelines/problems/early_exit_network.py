@@ -319,7 +319,8 @@ def _times(answer: Answer, run: dict[str, Any], chosen: float, config: EarlyExit
     caption = f"One thread, the least of {config.timed_repeats} turns: by the clock on the wall, and of the processor."
     answer.table("times", columns, rows, caption)
     answer.value(**speeds)
-    alt = f"At {chosen:g} nats one by one {speeds['single_speedup']:.2f}, in a batch {speeds['batch_speedup']:.2f} times as fast"
+    single, batch = speeds["single_speedup"], speeds["batch_speedup"]
+    alt = f"At {chosen:g} nats {single:.2f} times as fast one by one, {batch:.2f} times in a batch"
     answer.figure(
         Figure(
             "times",
