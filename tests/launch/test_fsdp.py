@@ -59,10 +59,10 @@ def test_sft_in_parts_goes_on_exactly_where_it_was_killed(begun, fsdp, tmp_path)
     for folder in (killed, whole):
         shutil.copytree(begun.folder, folder)
     words = begun.words("sft", killed, *_STEPS, "batch_size=4")
-    process = Forked(begun.server, ["--launch", *fsdp, *disturbed(tmp_path / "ranks", 0.2), *words], tmp_path)
-    wait_for(checkpoint_in(killed), process, 120, errors)
-    os.kill(int((tmp_path / "ranks" / "rank-1").read_text()), signal.SIGKILL)
-    assert process.wait(timeout=60) != 0
+    with Forked(begun.server, ["--launch", *fsdp, *disturbed(tmp_path / "ranks", 0.2), *words], tmp_path) as process:
+        wait_for(checkpoint_in(killed), process, 300, errors)
+        os.kill(int((tmp_path / "ranks" / "rank-1").read_text()), signal.SIGKILL)
+        assert process.wait(timeout=60) != 0
     for folder in (killed, whole):
         words = begun.words("sft", folder, *_STEPS, "batch_size=4")
         code, _, said = begun.server.answer("--launch", *fsdp, *words, cwd=ROOT, env=_CPU)

@@ -1,5 +1,6 @@
 """A process that dies takes the others with it, within a minute, and what they did is gone on with."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -81,7 +82,7 @@ class Forked:
     """A command line of the fork server's, with as much of ``subprocess.Popen`` as is used here."""
 
     def __init__(self, server, argv: list[str], folder: Path):
-        self.server = server
+        self.server, self.ended = server, False
         variables = {"ACCELERATE_USE_CPU": "true"}
         self.pid = server.start(argv, errors=str(folder / "run.err"), env=variables, cwd=str(ROOT))
 
@@ -93,7 +94,19 @@ class Forked:
         while alive(self.pid):
             assert time.monotonic() < until, "the launcher did not end"
             time.sleep(0.02)
-        return self.server.wait()
+        self.ended, code = True, self.server.wait()
+        return code
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        """A test that failed leaves nothing running, and no answer of the server's unread."""
+        if not self.ended:
+            for pid in [*children(self), self.pid]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.wait(timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -108,11 +121,12 @@ def test_under_accelerate_launch(begun, tmp_path, rank, real):
     words = begun.words("sft", run_dir, *_STEPS)
     disturbed = [str(ROOT / "tests" / "launch" / "disturbed.py"), str(tmp_path / "ranks"), "0.2", *words]
     if real:
-        process = started(accelerate(*_TWO, *disturbed), tmp_path)
+        opened = started(accelerate(*_TWO, *disturbed), tmp_path)
     else:
-        process = Forked(begun.server, ["--launch", *_TWO, *disturbed], tmp_path)
-    wait_for(checkpoint_in(run_dir), process, 120, errors)
-    said = killed(process, int((tmp_path / "ranks" / f"rank-{rank}").read_text()), errors)
+        opened = Forked(begun.server, ["--launch", *_TWO, *disturbed], tmp_path)
+    with opened as process:
+        wait_for(checkpoint_in(run_dir), process, 300, errors)
+        said = killed(process, int((tmp_path / "ranks" / f"rank-{rank}").read_text()), errors)
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, said[-3000:]
     assert f"process={rank} of 2: process {1 - rank} lost the connection to it" in lines[0]

@@ -3,12 +3,17 @@
 import importlib.util
 import json
 import re
+import shutil
+import subprocess
+import sys
+from functools import partial
 
 import pytest
 
 from pipelines.errors import UserError
 from pipelines.tracking import run_name, tracker_problems
 from tests.chain.conftest import CHAIN
+from tests.launch.conftest import ROOT
 
 _SHORT = ["max_steps=4", "logging_steps=2", "save_steps=4"]
 _VAE = ["architecture=mlp", "hidden=16", "latent_dim=4", "max_train=64", "max_test=16", "batch_size=16"]
@@ -18,16 +23,13 @@ ABSENT = [name for name in ("trackio", "wandb") if importlib.util.find_spec(name
 PRESENT = [name for name in ("trackio", "wandb") if name not in ABSENT]
 
 
-def trained(begun, tmp_path, *more: str) -> dict:
-    """An autoencoder and an SFT model, trained by their recipes; the folders of both."""
-    import shutil
-
+def trained(begun, tmp_path, run, *more: str) -> dict:
+    """An autoencoder and an SFT model, trained by ``run(recipe, *words)``; the folders of both."""
     run_dir = tmp_path / "run"
     shutil.copytree(begun.folder, run_dir)
-    code, printed = begun.server.run("--recipe", "images/vae", *_VAE, *more, f"output_dir={run_dir / 'vae'}")
+    code, printed = run("images/vae", *_VAE, *more, f"output_dir={run_dir / 'vae'}")
     assert code == 0, printed[-3000:]
-    words = ["--config", str(CHAIN), *_SFT, *more, f"output_dir={run_dir}"]
-    code, printed = begun.server.run("--recipe", "summarization/sft", *words)
+    code, printed = run("summarization/sft", "--config", str(CHAIN), *_SFT, *more, f"output_dir={run_dir}")
     assert code == 0, printed[-3000:]
     return {"vae": run_dir / "vae", "sft": run_dir / "sft"}
 
@@ -47,7 +49,7 @@ def test_tensorboard_shows_the_same_names_of_every_loop(begun, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     shown = {}
-    for name, folder in trained(begun, tmp_path).items():
+    for name, folder in trained(begun, tmp_path, partial(begun.server.run, "--recipe")).items():
         events = EventAccumulator(str(folder / "logs")).Reload()
         shown[name] = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
         for tag, values in expected(folder).items():
@@ -118,15 +120,15 @@ def rows_of(tracker: str, folder, home) -> list[dict]:
 )
 def test_a_tracker_keeps_the_same_curves_offline(begun, tmp_path, monkeypatch, tracker):
     home = tmp_path / "trackio"
-    folders = None
     monkeypatch.setenv("TRACKIO_DIR", str(home))
     monkeypatch.setenv("WANDB_MODE", "offline")
-    from tests.chain.conftest import fork_server
-    from tests.launch.conftest import HERE
 
-    with fork_server(HERE.parent / "chain" / "forkserver.py", tmp_path) as server:
-        begun.server = server
-        folders = trained(begun, tmp_path, f"report_to={tracker}")
+    def run(recipe: str, *words: str) -> tuple[int, str]:
+        command = [sys.executable, str(ROOT / "recipes" / f"{recipe}.py"), *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
+        return done.returncode, done.stdout + done.stderr
+
+    folders = trained(begun, tmp_path, run, f"report_to={tracker}")
     for folder in folders.values():
         rows = rows_of(tracker, folder, home)
         for tag, values in expected(folder).items():
