@@ -12,7 +12,7 @@ import contextlib
 import copy
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -146,7 +146,10 @@ class Kernels(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _as_on(device: str) -> Iterator[Kernels | None]:
-    """Within, operations cost what they cost on a device. Fake tensors of a GPU need a PyTorch that is built for one."""
+    """Within, operations cost what they cost on a device.
+
+    Fake tensors of a GPU would need a PyTorch that is built for one.
+    """
     if device == "cpu":
         yield None
         return
@@ -420,6 +423,71 @@ def _factored(parameters: Iterator[Tensor]) -> int:
     )
 
 
+# A model of more layers is run at these two depths; what its other layers take follows.
+_SHALLOW, _DEEPER = 2, 4
+_DEPTHS = (("num_layers", "num_decoder_layers"), ("encoder_layers", "decoder_layers"))
+
+
+def _depths(config: Any) -> tuple[int, int] | None:
+    """Layers of encoder and decoder, where they can be changed."""
+    for names in _DEPTHS:
+        found = [getattr(config, name, None) for name in names]
+        if all(isinstance(value, int) for value in found):
+            return found[0], found[1]
+    if config.model_type.startswith("t5gemma") and hasattr(config.encoder, "num_hidden_layers"):
+        return config.encoder.num_hidden_layers, config.decoder.num_hidden_layers
+    return None
+
+
+def _of_depths(config: Any, encoder: int, decoder: int) -> Any:
+    """The configuration of the same model with other numbers of layers."""
+    plain = config.to_dict()
+    if config.model_type.startswith("t5gemma"):
+        for side, layers in (("encoder", encoder), ("decoder", decoder)):
+            plain[side] = {**plain[side], "num_hidden_layers": layers, "layer_types": None}
+        return type(config)(**plain)
+    for names in _DEPTHS:
+        if all(isinstance(plain.get(name), int) for name in names):
+            plain |= dict(zip(names, (encoder, decoder), strict=True))
+    return type(config)(**plain)
+
+
+def _extended(config: Any, run: Callable[[Any], Any], combine: Callable[[list[Any], list[float]], Any]) -> Any:
+    """``run`` on a model, or what follows for it from runs on shallower ones: every layer takes what its like takes.
+
+    Args:
+        config: of the model.
+        run: gives what a model takes.
+        combine: (what was found, weights that sum to 1) -> the same for the whole model.
+    """
+    depths = _depths(config)
+    if depths is None or max(depths) <= _DEEPER + 1:
+        return run(config)
+    if depths[0] == depths[1]:
+        found = [run(_of_depths(config, layers, layers)) for layers in (_SHALLOW, _DEEPER)]
+        more = (depths[0] - _SHALLOW) / (_DEEPER - _SHALLOW)
+        return combine(found, [1 - more, more])
+    pairs = ((_SHALLOW, _SHALLOW), (_DEEPER, _SHALLOW), (_SHALLOW, _DEEPER))
+    found = [run(_of_depths(config, *pair)) for pair in pairs]
+    more = [(layers - _SHALLOW) / (_DEEPER - _SHALLOW) for layers in depths]
+    return combine(found, [1 - sum(more), *more])
+
+
+def _combined(found: list[Cost], weights: list[float]) -> Cost:
+    def sum_of(name: str) -> int:
+        return round(sum(getattr(cost, name) * weight for cost, weight in zip(found, weights, strict=True)))
+
+    whole = {field.name: sum_of(field.name) for field in fields(Cost)}
+    whole["largest_block"], whole["outside_blocks"] = found[-1].largest_block, found[-1].outside_blocks
+    # In a deep model the gradients may outgrow what is largest in a shallow one, the activations at the loss.
+    left = min(cost.peak_bytes - 4 * cost.trained for cost in found)
+    whole["peak_bytes"] = max(whole["peak_bytes"], whole["forward_bytes"], 4 * whole["trained"] + max(left, 0))
+    return Cost(**whole)
+
+
+_FOUND: dict[tuple[str, Shape], Cost] = {}
+
+
 def measure(config: Any, shape: Shape) -> Cost:
     """Run a step without values and say what it takes.
 
@@ -427,6 +495,14 @@ def measure(config: Any, shape: Shape) -> Cost:
         config: of the encoder-decoder.
         shape: of the step.
     """
+    key = config.to_json_string(use_diff=False), shape
+    if key not in _FOUND:
+        _FOUND[key] = _extended(config, lambda each: measure_whole(each, shape), _combined)
+    return _FOUND[key]
+
+
+def measure_whole(config: Any, shape: Shape) -> Cost:
+    """``measure`` with every layer run."""
     module = _build(config, shape)
     with FakeTensorMode(), _as_on(shape.device) as kernels:
         return _measured(_materialized(module), shape, kernels)
@@ -452,7 +528,7 @@ def _measured(module: nn.Module, shape: Shape, kernels: Kernels | None) -> Cost:
             with _autocast(shape):
                 loss = _loss(module, shape)
             held = max(held, memory.now)
-            loss.backward()
+            torch.autograd.backward(loss)  # the tensor's own method would leave the kernels out of what is recomputed
             del loss
     done, beside = min(shape.accumulation, 2), kernels.taken() if kernels else 0
     frozen = sum(p.numel() for p in parameters if not _is_value_head(module, p))
@@ -501,16 +577,25 @@ def forward_peak(config: Any, shape: Shape) -> tuple[int, int]:
         config: of the encoder-decoder.
         shape: of the pass.
     """
-    module = _build(config, shape)
-    with FakeTensorMode(), _as_on(shape.device) as kernels:
-        _materialized(module)
-        _share_sources(module, shape)
-        module.eval()
-        memory, flops = TensorMemory(), FlopCounterMode(display=False)
-        memory.know(iter([*module.parameters(), *module.buffers()]))
-        with memory, flops:
-            _forward(module, shape)()
-        return memory.peak, flops.get_total_flops() + (kernels.flops if kernels else 0)
+
+    def run(config: Any) -> tuple[int, int]:
+        module = _build(config, shape)
+        with FakeTensorMode(), _as_on(shape.device) as kernels:
+            _materialized(module)
+            _share_sources(module, shape)
+            module.eval()
+            memory, flops = TensorMemory(), FlopCounterMode(display=False)
+            memory.know(iter([*module.parameters(), *module.buffers()]))
+            with memory, flops:
+                _forward(module, shape)()
+            return memory.peak, flops.get_total_flops() + (kernels.flops if kernels else 0)
+
+    def combine(found: list[tuple[int, int]], weights: list[float]) -> tuple[int, int]:
+        peak, flops = (sum(pair[i] * w for pair, w in zip(found, weights, strict=True)) for i in (0, 1))
+        # Without gradients little is kept from layer to layer.
+        return max(round(peak), *(pair[0] for pair in found)), round(flops)
+
+    return _extended(config, run, combine)
 
 
 def cache_bytes(config: Any, sources: int, rows: int, source_length: int, target_length: int, width: int) -> int:

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import pyarrow
+import pyarrow.json
 import pyarrow.parquet
 import pytest
 
@@ -24,18 +24,18 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    """Documents and pairs, as JSON lines and as Parquet, a million and ten thousand of each."""
+    """Makes documents or pairs, in a format, so many of them; each once."""
     folder = tmp_path_factory.mktemp("million")
-    found = {}
-    for kind, make in (("documents", documents), ("pairs", preferences)):
-        for count in (MILLION, TEN_THOUSAND):
-            found[kind, "jsonl", count] = write_lines(folder / f"{kind}_{count}.jsonl", make(count))
-    rows = list(documents(MILLION))
-    for count in (MILLION, TEN_THOUSAND):
-        path = folder / f"documents_{count}.parquet"
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[:count]), path)
-        found["documents", "parquet", count] = path
-    return found
+
+    def made(kind: str, suffix: str, count: int) -> Path:
+        path = folder / f"{kind}_{count}.{suffix}"
+        if not path.exists() and suffix == "jsonl":
+            write_lines(path, (documents if kind == "documents" else preferences)(count))
+        elif not path.exists():
+            pyarrow.parquet.write_table(pyarrow.json.read_json(made(kind, "jsonl", count)), path)
+        return path
+
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_memory_and_start_do_not_grow_with_the_set(root, sets, tiny_t5, tmp_path
     what = "documents" if stage == "sft" else "pairs"
     found = {}
     for count in (TEN_THOUSAND, MILLION):
-        words = _words(stage, sets[what, kind, count], tiny_t5, tmp_path / str(count))
+        words = _words(stage, sets(what, kind, count), tiny_t5, tmp_path / str(count))
         found[count] = _peak(root, stage, words)
     (small, quick), (large, long) = found[TEN_THOUSAND], found[MILLION]
     print(
@@ -99,12 +99,12 @@ def test_weights_hold_in_a_long_mixture(sets):
     from pipelines.seq2seq.streamed import StreamedExamples
 
     fields = {
-        "dataset": str(sets["documents", "jsonl", MILLION]),
+        "dataset": str(sets("documents", "jsonl", MILLION)),
         "streaming": True,
         "max_steps": 1000,
         "tokenizer": "x/y",
     }
-    fields["mixture"] = [{"source": str(sets["documents", "parquet", TEN_THOUSAND]), "weight": 0.25, "name": "small"}]
+    fields["mixture"] = [{"source": str(sets("documents", "parquet", TEN_THOUSAND)), "weight": 0.25, "name": "small"}]
     settings = validate(SFTConfig, fields)
     run = StreamedExamples(corpus_stream(settings, step_size=64), 1000, lambda rows: rows)
     counts = Counter(run.sets(range(64_000)).tolist())
@@ -116,7 +116,7 @@ def test_killed_in_the_middle_of_a_million_it_goes_on_exactly(server, sets, tiny
     what = "documents" if stage == "sft" else "pairs"
     fields = {"max_steps": 24, "save_steps": 4, "shuffle_buffer": 80}
     folders = [tmp_path / "whole", tmp_path / "killed"]
-    words = [_words(stage, sets[what, "jsonl", MILLION], tiny_t5, folder, **fields) for folder in folders]
+    words = [_words(stage, sets(what, "jsonl", MILLION), tiny_t5, folder, **fields) for folder in folders]
     assert server.run("--recipe", f"summarization/{stage}", *words[0])[0] == 0
     for step in (7, 11):  # the second time it begins at step 4 again, so that it dies at step 15
         code, printed = server.run("--recipe", f"summarization/{stage}", *words[1], kill_at_step=step)

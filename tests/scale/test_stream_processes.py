@@ -20,7 +20,8 @@ def server(tmp_path_factory):
         yield found
 
 
-@pytest.mark.parametrize("stage", ["sft", pytest.param("dpo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_two_processes_do_on_a_stream_what_one_does(root, server, tiny_t5, tmp_path, stage):
     make, field = (documents, "dataset") if stage == "sft" else (preferences, "preferences")
     sets = [write_lines(tmp_path / f"{word}.jsonl", make(120, word=word)) for word in ("read", "sort")]

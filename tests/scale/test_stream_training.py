@@ -200,7 +200,7 @@ def cached_from_one(monkeypatch):
         monkeypatch.setattr(module, "CACHED_FROM", 1)
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo"])
+@pytest.mark.parametrize("name", ["sft", pytest.param("dpo", marks=pytest.mark.slow)])
 def test_tokens_are_made_once_and_found_again(name, sets, tiny_t5, tmp_path, monkeypatch, cached_from_one):
     source = {"dataset": sets["read_documents"]} if name == "sft" else {"preferences": sets["read_pairs"]}
     function, cls = {"sft": (sft, SFTConfig), "dpo": (dpo, DPOStageConfig)}[name]
