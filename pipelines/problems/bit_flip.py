@@ -88,15 +88,15 @@ def _replaced(config: BitFlipExerciseConfig, answer: Answer) -> None:
     formula = 1 - (1 - 2 * config.delta) ** config.stages
     nearly = math.ceil(math.log(0.01) / math.log(1 - 2 * config.delta))
     answer.value(delta=config.delta, stages=config.stages, replaced=formula, stages_until_99=nearly)
-    name = f"P(replaced by stage {config.stages}) = 1 − (1 − 2δ)^T"
+    name = f"P(replaced by stage {config.stages}) = 1 − (1 − 2δ)ᵀ"
     found = brute.replaced_by_enumeration(config.deltas)
-    answer.check(name, found, formula, _EXACT, f"enumeration of the 2^{config.stages} outcomes of the coins")
+    answer.check(name, found, formula, _EXACT, f"enumeration of the {2**config.stages:,} outcomes of the coins")
     draw = np.random.default_rng(config.seed)
     thrown = brute.stage_by_stage(draw, config.draws, config.deltas).replaced.mean()
     answer.check(f"{name}, by coins", thrown, formula, _error(formula, config.draws), _simulated(config.draws))
     many = brute.keeps_by_products([config.delta] * (10 * nearly))[-1]
     answer.check(
-        f"after {10 * nearly} stages nothing is left: E[Y_T | Y_0 = +1] → 0", many, 0.0, 1e-12, "matrix products"
+        f"after {10 * nearly} stages nothing is left: E[Y_T | Y₀ = +1] → 0", many, 0.0, 1e-12, "matrix products"
     )
 
     lengths = np.arange(1, min(2 * nearly, 200) + 1)
@@ -105,7 +105,7 @@ def _replaced(config: BitFlipExerciseConfig, answer: Answer) -> None:
         curves.append(Series(f"δ = {delta:g}", lengths, 1 - (1 - 2 * delta) ** lengths, colour=number))
         some = np.unique(np.linspace(1, lengths[-1], 8).astype(int))
         shares = [brute.stage_by_stage(draw, 2000, [delta] * length).replaced.mean() for length in some]
-        curves.append(Series("", some, shares, points=True, colour=number))
+        curves.append(Series("", some, shares, marks=True, colour=number))
     caption = (
         "Whatever δ is, every pixel has been replaced in the end (lines: the formula; dots: 2,000 pixels simulated)."
     )
@@ -126,7 +126,7 @@ def _one_shot(config: BitFlipExerciseConfig, answer: Answer) -> None:
     formula = (1 + keep) / 2
     values, probability = brute.paths(config.deltas)
     exact = float(probability[values[:, -1] == 1].sum())
-    name = "P(Y_T = +1 | Y_0 = +1) = (1 + ρ)/2, ρ = (1 − 2δ)^T"
+    name = "P(Y_T = +1 | Y₀ = +1) = (1 + ρ)/2, ρ = (1 − 2δ)ᵀ"
     answer.check(name, exact, formula, _EXACT, f"enumeration of {len(values):,} paths")
     draw = np.random.default_rng([config.seed, 1])
     rows = []
@@ -171,15 +171,13 @@ def _sigmoid(config: BitFlipExerciseConfig, answer: Answer) -> None:
     whole = brute.log_odds(world.previous(before, config.delta))
     others = brute.log_odds(world.from_others(before, config.delta))
     own = math.log((1 - config.delta) / config.delta)
-    route = f"Bayes over all 2^{config.pixels} images, every Y_t and pixel; the largest deviation"
-    name = "log-odds of Y_{t−1,i} given Y_t = Y_{t,i} log((1−δ)/δ) + log-odds given the other pixels"
+    route = f"Bayes over all {2**config.pixels} images, every Yₜ and pixel; the largest deviation"
+    name = "log-odds of Yₜ₋₁,ᵢ given Yₜ = Yₜ,ᵢ log((1−δ)/δ) + log-odds given the other pixels"
     answer.check(name, np.abs(whole - others - own * world.images).max(), 0.0, 1e-7, route)
     images = torch.from_numpy(world.images).double()
     previous = BitFlipScheduler(stage, trained_deltas=deltas, prediction_type="previous")
     added = previous.logits(torch.from_numpy(others), images, stage).numpy()
-    answer.check(
-        "the scheduler adds that very term (it predicts Y_{t−1})", np.abs(added - whole).max(), 0.0, 1e-7, route
-    )
+    answer.check("the scheduler adds that very term (it predicts Yₜ₋₁)", np.abs(added - whole).max(), 0.0, 1e-7, route)
     # The image itself from Y_t: one flip with what all stages together flip.
     together = (1 - brute.keeps_by_products(deltas)[-1]) / 2
     original = BitFlipScheduler(stage, trained_deltas=deltas, prediction_type="original")
@@ -187,7 +185,7 @@ def _sigmoid(config: BitFlipExerciseConfig, answer: Answer) -> None:
     found = original.logits(given, images, stage).numpy()
     expected = brute.log_odds(world.previous(world.data, together))
     deviation = np.abs(found - expected).max()
-    answer.check("the scheduler adds 2 artanh(ρ_t) Y_t (it predicts Y_0)", deviation, 0.0, 1e-7, route)
+    answer.check("the scheduler adds 2 artanh(ρₜ) Yₜ (it predicts Y₀)", deviation, 0.0, 1e-7, route)
     answer.value(own_evidence=own, pixels=config.pixels)
 
 
@@ -206,12 +204,12 @@ def _posterior(config: BitFlipExerciseConfig, pipeline: BitFlipPipeline, answer:
             formula = (1 + step * y) * (1 + step ** (t - 1)) / (2 * (1 + step**t * y))
             worst = max(worst, abs(formula - exact[y]))
         rows.append([t, f"{exact[1]:.4f}", f"{exact[-1]:.4f}"])
-    name = "P(Y_{t−1} = +1 | Y_t = y, Y_0 = +1) = (1 + (1−2δ)y)(1 + ρ_{t−1}) / (2(1 + ρ_t y))"
+    name = "P(Yₜ₋₁ = +1 | Yₜ = y, Y₀ = +1) = (1 + (1−2δ)y)(1 + ρₜ₋₁) / (2(1 + ρₜ y))"
     route = f"enumeration of all paths, t = 1 … {config.stages}, y = ±1; the largest deviation"
     answer.check(name, worst, 0.0, _EXACT, route)
     shown = [row for row in rows if row[0] in {1, 2, 3, config.stages // 2, config.stages - 1, config.stages}]
-    caption = "P(Y_{t−1} = +1 | Y_t, Y_0 = +1), by enumeration of the paths."
-    answer.table("posterior", ["t", "Y_t = +1", "Y_t = −1"], shown, caption)
+    caption = "P(Yₜ₋₁ = +1 | Yₜ, Y₀ = +1), by enumeration of the paths."
+    answer.table("posterior", ["t", "Yₜ = +1", "Yₜ = −1"], shown, caption)
 
     scheduler = pipeline.scheduler
     deltas, stages = scheduler.deltas.tolist(), np.arange(1, len(scheduler) + 1)
@@ -223,14 +221,14 @@ def _posterior(config: BitFlipExerciseConfig, pipeline: BitFlipPipeline, answer:
         "the trained stage's scheduler gives the same posterior", np.abs(found - exact).max(), 0.0, 1e-9, route
     )
     keeps = np.abs(scheduler.keeps.numpy() - brute.keeps_by_products(deltas)).max()
-    answer.check("the trained stage's scheduler: ρ_t = E[Y_t | Y_0 = +1]", keeps, 0.0, _EXACT, route)
+    answer.check("the trained stage's scheduler: ρₜ = E[Yₜ | Y₀ = +1]", keeps, 0.0, _EXACT, route)
     answer.value(trained_stages=len(stages), trained_left=scheduler.keeps[-1].item())
     panel = Panel(
         [
-            Series("Y_t = +1", stages, exact[:, 1], colour=0),
-            Series("Y_t = −1", stages, exact[:, 0], colour=1),
+            Series("Yₜ = +1", stages, exact[:, 1], colour=0),
+            Series("Yₜ = −1", stages, exact[:, 0], colour=1),
         ],
-        "P(Y_{t−1} = +1 | Y_t, Y_0 = +1)",
+        "P(Yₜ₋₁ = +1)",
         zero=True,
     )
     alt = "Where the pixel is as in the image it stays; where it is not, it may still turn back."
@@ -266,16 +264,16 @@ def _loss(config: BitFlipExerciseConfig, answer: Answer) -> None:
             value, float(np.abs(loss.detach().numpy() - brute.bernoulli_kl(exact[y], logits.sigmoid().numpy())).max())
         )
     route = f"autograd through the loss that is trained, t = {stage}; the largest deviation over log-odds −6 … 6"
-    answer.check("∂KL/∂ℓ = σ(ℓ) − P(Y_{t−1} = +1 | Y_t, Y_0)", slope, 0.0, 1e-9, route)
+    answer.check("∂KL/∂ℓ = σ(ℓ) − P(Yₜ₋₁ = +1 | Yₜ, Y₀)", slope, 0.0, 1e-9, route)
     route = f"scipy.special.rel_entr with the posterior by enumeration, t = {stage}; the largest deviation"
-    answer.check("the trained loss is KL(P(Y_{t−1}|Y_t, Y_0) ‖ Q)", value, 0.0, 1e-9, route)
+    answer.check("the trained loss is KL(P(Yₜ₋₁|Yₜ, Y₀) ‖ Q)", value, 0.0, 1e-9, route)
     first = StagePosterior.between(keeps[0], keeps[1])
     worst = 0.0
     for y in (1, -1):
         loss = stage_kl(logits, y * ones, ones, first, "previous")
         worst = max(worst, float((loss + Bernoulli(logits=logits).log_prob(ones)).abs().max()))
-    route = "torch.distributions.Bernoulli, Y_1 = ±1; the largest deviation"
-    answer.check("at t = 1 it is −log Q(Y_0 | Y_1)", worst, 0.0, 1e-9, route)
+    route = "torch.distributions.Bernoulli, Y₁ = ±1; the largest deviation"
+    answer.check("at t = 1 it is −log Q(Y₀ | Y₁)", worst, 0.0, 1e-9, route)
 
     # Over all images that may stand behind a Y_t: in the world where they can be enumerated.
     world = brute.World.random(config.pixels, config.seed)
@@ -290,21 +288,21 @@ def _loss(config: BitFlipExerciseConfig, answer: Answer) -> None:
     within = {"bounds": (1e-9, 1 - 1e-9), "method": "bounded", "options": {"xatol": 1e-10}}
     least = minimize_scalar(lambda q: share @ brute.bernoulli_kl(given_both, q), **within)
     expected = world.previous(marginal, config.delta)[noisy, 0]
-    route = "minimization over q of the mean over all images Y_0; expected: Bayes without Y_0"
-    answer.check("the mean loss over Y_0 is least at P(Y_{t−1} = +1 | Y_t)", least.x, expected, 1e-5, route)
+    route = "minimization over q of the mean over all images Y₀; expected: Bayes without Y₀"
+    answer.check("the mean loss over Y₀ is least at P(Yₜ₋₁ = +1 | Yₜ)", least.x, expected, 1e-5, route)
     answer.value(least_loss=least.fun)
     q = np.linspace(0.005, 0.995, 199)
     curves = [
         Series("t = 1", q, -np.log(q), colour=2),
-        Series(f"t = {stage}, Y_t = +1", q, brute.bernoulli_kl(exact[1], q), colour=0),
-        Series("Y_t = −1", q, brute.bernoulli_kl(exact[-1], q), colour=1),
+        Series(f"t = {stage}, Yₜ = +1", q, brute.bernoulli_kl(exact[1], q), colour=0),
+        Series("Yₜ = −1", q, brute.bernoulli_kl(exact[-1], q), colour=1),
     ]
     alt = "The loss is 0 where the network says what the posterior says, and without bound where it excludes it."
-    svg = lines("bit_flip-loss", [Panel(curves, "KL, nats", zero=True)], "what the network says, Q(Y_{t−1} = +1)", alt)
+    svg = lines("bit_flip-loss", [Panel(curves, "KL, nats", zero=True)], "what the network says, Q(Yₜ₋₁ = +1)", alt)
     caption = (
         "Each curve is 0 at the posterior (at t = 1: at 1) and without bound where the network excludes what may be."
     )
-    answer.figure(Figure("loss", svg, caption=caption, title="What the loss punishes, Y_0 = +1"))
+    answer.figure(Figure("loss", svg, caption=caption, title="What the loss punishes, Y₀ = +1"))
 
 
 def _exact_generation(config: BitFlipExerciseConfig, answer: Answer) -> None:
@@ -324,7 +322,9 @@ def _exact_generation(config: BitFlipExerciseConfig, answer: Answer) -> None:
     exponent = float(np.polyfit(np.log(_STAGES[-4:]), np.log(cosine[-4:]), 1)[0])
     answer.value(distance_first=cosine[0], distance_last=cosine[-1], distance_exponent=exponent)
     answer.value(constant_last=constant[-1], most_stages=_STAGES[-1])
-    route = f"all 2^{config.pixels} images, exact posteriors, T = {_STAGES[-4]} … {_STAGES[-1]}, slope by least squares"
+    route = (
+        f"all {2**config.pixels} images, exact posteriors, T = {_STAGES[-4]} … {_STAGES[-1]}, slope by least squares"
+    )
     name = "generation by stages of independent pixels errs in proportion to 1/T (cosine schedule)"
     answer.check(name, exponent, -1.0, 0.1, route)
     curves = [Series("cosine schedule", _STAGES, cosine, colour=0), Series("one δ", _STAGES, constant, colour=1)]

@@ -293,14 +293,14 @@ def _fit_figures(
         Panel(
             [
                 Series("forward", means, spread, colour=_FORWARD),
-                Series("", *ends, points=True, colour=_TARGET),
+                Series("", *ends, marks=True, colour=_TARGET),
             ],
             "least KL(p‖q), nats",
         ),
         Panel(
             [
                 Series("reverse", means, table.min(1), colour=_REVERSE),
-                Series("", lowest, [one.divergence for one in reverse], points=True, colour=_TARGET),
+                Series("", lowest, [one.divergence for one in reverse], marks=True, colour=_TARGET),
             ],
             "least KL(q‖p), nats",
         ),

@@ -37,10 +37,10 @@ class PolicyGradientConfig(ExerciseConfig):
     sources: int = Field(2, ge=1, le=4, description="prompts, each with rewards of its own")
     offset: float = Field(2.0, description="added to all rewards: it changes no gradient, but its estimates' variance")
     draws: int = Field(20_000, ge=1000, description="completions sampled to check the estimator")
-    steps: int = Field(150, ge=1, description="steps of each training with sampled gradients")
-    batch_size: int = Field(16, ge=1, description="completions of each prompt that such a step samples")
+    steps: int = Field(100, ge=1, description="steps of each training with sampled gradients")
+    batch_size: int = Field(4, ge=1, description="completions of each prompt that such a step samples")
     seeds: int = Field(3, ge=1, le=20, description="trainings with, and as many without a baseline")
-    learning_rate: float = Field(0.01, gt=0, description="of those trainings, Adam's")
+    learning_rate: float = Field(0.006, gt=0, description="of those trainings, Adam's")
 
     @property
     def completions(self) -> int:
@@ -71,14 +71,15 @@ def policy_gradient(config: PolicyGradientConfig) -> dict[str, float]:
     Raises:
         UserError: a stage of the chain that is missing, unfinished, or another's; ``policy`` is not in the evaluation.
     """
-    from pipelines.seq2seq.enumerable import make_policy, make_world
+    from pipelines.problems.policy_gradient_math import make_model
+    from pipelines.seq2seq.enumerable import make_world
 
     answer = Answer(config, "policy_gradient", "Policy gradients and RLHF")
     chain = _read_chain(config)
     world = make_world(
         vocabulary=config.vocabulary, length=config.length, sources=config.sources, spread=1.0, seed=config.seed
     )
-    model = make_policy(world, width=8, seed=config.seed).double()
+    model = make_model(world, seed=config.seed)
     _gradient(config, world, model, answer)
     _cross_entropy(config, world, model, answer)
     _training(config, world, answer)
@@ -190,7 +191,7 @@ def _variance_figure(answer: Answer, baselines: Any, variances: list[float], pg:
     panel = Panel(
         [
             Series("", baselines, variances, colour=0),
-            Series("0, mean reward, least variance", marks, heights, points=True, colour=1),
+            Series("0, mean reward, least variance", marks, heights, marks=True, colour=1),
         ],
         "variance of one estimate",
         zero=True,
@@ -256,14 +257,14 @@ def _training(config: PolicyGradientConfig, world: World, answer: Answer) -> Non
         found[use] = runs
         for row, run in enumerate(runs):
             curves.append(Series("" if row else label, range(len(run)), run, colour=1 - number))
+    early = config.steps // 5
+    answer.value(early_steps=early, early=found[False][:, early].mean(), early_baseline=found[True][:, early].mean())
     answer.value(reward_start=found[True][:, 0].mean(), reward=found[False][:, -1].mean(), best_reward=best)
     answer.value(reward_baseline=found[True][:, -1].mean(), steps=config.steps, batch_size=config.batch_size)
     curves.append(Series("largest possible", [0, config.steps], [best, best], colour=2))
     alt = "Expected reward rises towards the largest possible one, faster and more evenly with a baseline."
     svg = lines("policy_gradient-training", [Panel(curves, "E[r], exact")], "steps", alt)
-    caption = (
-        f"{config.batch_size} samples a prompt and step; with a baseline they teach more ({config.seeds} seeds each)."
-    )
+    caption = f"{config.batch_size} samples a prompt and step: with a baseline it rises faster and more evenly ({config.seeds} seeds)."
     answer.figure(Figure("training", svg, caption=caption, title="Training on sampled gradients"))
 
 
@@ -271,10 +272,9 @@ def _train(config: PolicyGradientConfig, world: World, rewards: Tensor, use: boo
     """Expected reward, exact, before each step and after the last."""
     import torch
 
-    from pipelines.problems.policy_gradient_math import expected_reward
-    from pipelines.seq2seq.enumerable import make_policy
+    from pipelines.problems.policy_gradient_math import expected_reward, make_model
 
-    model = make_policy(world, width=8, seed=config.seed)
+    model = make_model(world, seed=config.seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
     draw, curve = torch.Generator().manual_seed(1000 * config.seed + seed), []
     for _ in range(config.steps):

@@ -19,6 +19,21 @@ if TYPE_CHECKING:
     from pipelines.seq2seq.enumerable import World
 
 
+def make_model(world: World, *, seed: int) -> Any:
+    """A random policy of a few thousand weights over the world's vocabulary, float64.
+
+    Padding is an ordinary token there. ``nn.Embedding`` keeps the gradient of its padding's row at 0, so that what
+    autograd gives would not be the gradient: no row is padding here.
+    """
+    from pipelines.seq2seq.enumerable import make_policy
+
+    model = make_policy(world, width=16, seed=seed).double()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None
+    return model
+
+
 def parameters_of(model: Any) -> list[Tensor]:
     """The parameters that a gradient is taken of."""
     return [p for p in model.parameters() if p.requires_grad]

@@ -15,6 +15,7 @@ from pipelines.problems import latent_variables_math as latent
 from pipelines.problems.latent_diagram import Numbers, diagram
 from pipelines.problems.latent_variables import LatentVariablesConfig
 from pipelines.runner import load_recipe
+from tests.problems.pages import assert_page_is_filled
 
 
 def codes(count: int, dimensions: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,7 +93,7 @@ def test_the_stage_through_its_recipe(finished, tmp_path):
         load_recipe("problems/latent_variables")([*words, f"output_dir={tmp_path / 'out'}"])
     assert ended.value.code == 0
     found = json.loads((tmp_path / "out" / "exercise.json").read_text())
-    assert [check["statement"] for check in found["checks"] if not check["passed"]] == []
+    assert_page_is_filled(tmp_path / "out")
     assert len(found["checks"]) == 8
     values = found["values"]
     assert values["rate_low"] > values["rate_high"]
