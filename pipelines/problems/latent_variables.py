@@ -40,9 +40,9 @@ class LatentVariablesConfig(ExerciseConfig):
         [0.1, 0.3, 1.0, 3.0, 10.0], min_length=2, description="weights of the divergence, one small training each"
     )
     dimensions: list[Annotated[int, Field(ge=1)]] = Field(
-        [1, 2, 4, 8, 16, 64], min_length=1, description="latent dimensions of plain autoencoders, one training each"
+        [2, 8, 64], min_length=1, description="latent dimensions of plain autoencoders, one training each"
     )
-    steps: int = Field(800, ge=1, description="optimizer steps of each of those trainings")
+    steps: int = Field(400, ge=1, description="optimizer steps of each of those trainings")
     draws: int = Field(20_000, ge=1000, description="samples of z that check the divergence and the bound")
 
     def problems(self) -> list[Problem]:
