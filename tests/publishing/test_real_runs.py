@@ -33,7 +33,7 @@ def _run(hub: Hub, tmp_path: Path, *words: str) -> None:
         env=environment(hub, tmp_path / "hf"),
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
