@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import once_differentiable
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
@@ -108,15 +107,14 @@ class _Dropout(torch.autograd.Function):
         return torch.empty_like(gradient)
 
 
-class Kernels(TorchFunctionMode):
-    """Attention and dropout as a GPU has them, in the place of a CPU's: they keep less for the backward pass.
+class Kernels:
+    """Attention and dropout as a GPU has them: they keep less for the backward pass than a CPU's.
 
     Attributes:
         flops: of the attention.
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.flops = 0
 
     def taken(self) -> int:
@@ -124,37 +122,38 @@ class Kernels(TorchFunctionMode):
         found, self.flops = self.flops, 0
         return found
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            return self._attention(*args, **kwargs)
-        if func in (torch.nn.functional.dropout, torch.dropout):
-            rate = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
-            training = args[2] if len(args) > 2 else kwargs.get("training", True)
-            return _Dropout.apply(args[0]) if rate and training else args[0]
-        return func(*args, **kwargs)
-
-    def _attention(
+    def attention(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
-    ):
+    ) -> Tensor:
+        """In the place of ``scaled_dot_product_attention``."""
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
             attn_mask = attn_mask.to(dtype) if attn_mask is not None and attn_mask.is_floating_point() else attn_mask
         return _FusedAttention.apply(self, query, key, value, attn_mask)
 
+    def dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        """In the place of ``dropout``."""
+        return _Dropout.apply(input) if p and training else input
+
 
 @contextlib.contextmanager
 def _as_on(device: str) -> Iterator[Kernels | None]:
     """Within, operations cost what they cost on a device.
 
-    Fake tensors of a GPU would need a PyTorch that is built for one.
+    Fake tensors of a GPU would need a PyTorch that is built for one, and a mode that takes the functions' place would
+    not reach what is recomputed in the backward pass; so they are replaced by name.
     """
     if device == "cpu":
         yield None
         return
-    with Kernels() as kernels:
+    kernels, functions = Kernels(), torch.nn.functional
+    plain = functions.scaled_dot_product_attention, functions.dropout
+    functions.scaled_dot_product_attention, functions.dropout = kernels.attention, kernels.dropout
+    try:
         yield kernels
+    finally:
+        functions.scaled_dot_product_attention, functions.dropout = plain
 
 
 @dataclass(frozen=True)
@@ -528,7 +527,7 @@ def _measured(module: nn.Module, shape: Shape, kernels: Kernels | None) -> Cost:
             with _autocast(shape):
                 loss = _loss(module, shape)
             held = max(held, memory.now)
-            torch.autograd.backward(loss)  # the tensor's own method would leave the kernels out of what is recomputed
+            loss.backward()
             del loss
     done, beside = min(shape.accumulation, 2), kernels.taken() if kernels else 0
     frozen = sum(p.numel() for p in parameters if not _is_value_head(module, p))
