@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pipelines.problems.ddim_gaussian_network import CleanSample
 
 _FINE = 2**14  # steps of the schedules from which limits are extrapolated
+_MANY = 1024  # steps of those that are drawn against σ, of which the smallest is 0.1
 _SMALL = 0.05  # σ, at which what holds for small σ is looked at
 _NAMES = {"mean": "mean only", "posterior": "with noise", "ddim": "DDIM"}
 
@@ -195,7 +196,7 @@ def _against_sigma(config: DDIMGaussianConfig) -> Figure:
     sigmas = np.geomspace(0.1, 2, 24)
     series = [Series("data, σ²", sigmas, sigmas**2, colour=0)]
     for colour, key in enumerate(_NAMES, start=1):
-        y = [exact.variance_after(1.0, exact.schedule(s**2, config.steps, key)) for s in sigmas]
+        y = [exact.variance_after(1.0, exact.schedule(s**2, _MANY, key)) for s in sigmas]
         series.append(Series(_NAMES[key], sigmas, y, colour=colour))
     alt = "output variance against sigma for three samplers, on logarithmic scales"
     panels = [Panel(series, "variance of the output", log=True)]
@@ -251,7 +252,7 @@ def _rates(answer: Answer, config: DDIMGaussianConfig, generator: np.random.Gene
     series = [
         Series("DDIM", steps, [off(round(1 / s), "ddim") for s in steps], colour=3),
         Series("noise of variance Δt", steps, [off(round(1 / s), "step") for s in steps], colour=1),
-        Series("first order", steps, rates["ddim"] * steps, colour=4),
+        Series("its first order", steps, rates["ddim"] * steps, points=True, colour=4),
     ]
     alt = "relative error of the output variance against the step, falling in proportion to it"
     panels = [Panel(series, "variance/σ² − 1", log=True)]

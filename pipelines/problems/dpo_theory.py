@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _RECIPE = "summarization/known_optimum"
 _MOST = 160  # completions: all their pairs are enumerated, and optima searched over all prefixes
+_SHOWN = 300  # pairs of the figure
 _ATOMS = 80  # log₁₀ of the atoms of the observable universe, about
 
 
@@ -330,7 +331,7 @@ def _gradient(answer: Answer, world: _World) -> None:
     found = (-by_chosen / beta).tolist()
     series = [
         Series("σ(r̂_l − r̂_w)", grid.tolist(), torch.sigmoid(-grid).tolist(), colour=0),
-        Series("autograd", margins, found, points=True, colour=1),
+        Series("autograd", margins[:_SHOWN], found[:_SHOWN], points=True, colour=1),
     ]
     alt = "the weight of a pair falls from one to zero as its margin grows; autograd's weights lie on the curve"
     svg = lines("weight", [Panel(series, "weight of the pair")], "margin r̂_w − r̂_l of the policy", alt)
@@ -347,7 +348,7 @@ def _population(answer: Answer, world: _World) -> float:
     logits = minimized(
         lambda x: expected_dpo_loss(world.setting, world.tree.log_probs(x)[None]), world.reference_logits
     )
-    found = float(kl(world.tree.log_probs(logits), world.optimum))
+    found = max(0.0, float(kl(world.tree.log_probs(logits), world.optimum)))  # rounding may put it below
     route = "Newton's method on the expected loss over all pairs, from π_ref"
     answer.check("The expected DPO loss is least at π*: KL between the two", found, 0, 1e-7, route)
     answer.value(population_kl=found, first_kl=float(kl(world.reference, world.optimum)))

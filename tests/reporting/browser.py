@@ -121,7 +121,7 @@ def browse(url: str, folder: Path, *flags: str) -> subprocess.CompletedProcess:
         *flags,
         url,
     ]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
 
 
 def measured_in(url: str, folder: Path, schemes: tuple[str, ...] = ("light", "dark")) -> dict[str, dict]:
