@@ -15,8 +15,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 STAGES := corpus tokenizer sft preferences reward ppo dpo evaluate
 METHODS := listwise grpo rloo best_of_n known_optimum
 CHAINS := scitldr xsum_t5_small cnn_flan_t5_base mnist
+PROBLEMS := hw10 hw11 hw12 hw12b hw13
 
-.PHONY: help install demo methods prompting images pretraining-text test test-slow lint format bench report results clean $(STAGES) $(METHODS) $(CHAINS)
+.PHONY: help install demo methods prompting images problems pretraining-text test test-slow lint format bench report results clean $(STAGES) $(METHODS) $(CHAINS) $(PROBLEMS)
 .DEFAULT_GOAL := help
 
 help: ## show this
@@ -24,6 +25,7 @@ help: ## show this
 	@echo "  make STAGE            bring one stage of the chain $(CHAIN) up to date: $(STAGES)"
 	@echo "  make METHOD           one of $(METHODS), on the demo's models"
 	@echo "  make CHAIN            one of $(CHAINS)"
+	@echo "  make SET              one set of exercises: $(PROBLEMS)"
 	@echo "  variables: CHAIN=$(CHAIN) RUN=$(RUN) ARGS='stage.key=value …' PYTHON=$(PYTHON)"
 
 install: $(STAMP) ## make .venv with every pinned package and genalign in it
@@ -56,7 +58,10 @@ images: $(STAMP) ## DDPM, bit-flip diffusion, VAE and GAN on the embedded digits
 prompting: $(STAMP) ## a small model of word tasks: solved examples, soft prompts, LoRA and full fine-tuning compared
 	@$(BIN)/genalign run prompting $(ARGS)
 
-$(CHAINS): $(STAMP)
+problems: $(STAMP) ## every exercise of the problem set: computed, checked, drawn, one report
+	@$(BIN)/genalign run all $(ARGS)
+
+$(CHAINS) $(PROBLEMS): $(STAMP)
 	@$(BIN)/genalign run $@ $(ARGS)
 
 # Read, never imported: so nothing that these packages need is installed, and nothing of them enters .venv.
