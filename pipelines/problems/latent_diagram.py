@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_INK, _MUTED, _GRID = "var(--ink, #22262b)", "var(--muted, #6a727c)", "var(--grid, #dfe3e8)"
+_INK, _MUTED = "var(--ink, #22262b)", "var(--muted, #6a727c)"
 _BLUE, _ORANGE, _GREEN = "var(--series-1, #2b6cb0)", "var(--series-2, #c05621)", "var(--series-3, #2f855a)"
 _WIDTH, _HEIGHT = 324, 346  # points: as wide as the other figures
 _MIDDLE, _BOX = 118, 30
@@ -55,7 +55,7 @@ def _arrow(x1: float, y1: float, x2: float, y2: float, colour: str = _MUTED, das
 
 
 def _line(path: str) -> str:
-    return f'<path d="{path}" fill="none" stroke="{_GRID}" stroke-width="1.2"/>'
+    return f'<path d="{path}" fill="none" stroke="{_MUTED}" stroke-width="1.2"/>'
 
 
 def diagram(numbers: Numbers) -> str:
@@ -85,7 +85,7 @@ def diagram(numbers: Numbers) -> str:
         _arrow(_MIDDLE + 65, 281, side - 42, 281, _GREEN, dashed=True),
         _box(side, 266, 84, "−log p(x|z)", f"{n.reconstruction:.1f} nats", _GREEN),
         _line(f"M{_MIDDLE + 65:g} 21L{_WIDTH - 8} 21L{_WIDTH - 8} 281"),
-        _arrow(_WIDTH - 8, 281, side + 42, 281, _GRID),
+        _arrow(_WIDTH - 8, 281, side + 42, 281),
         _text(_MIDDLE, 322, "to draw a new image:", _MUTED),
         _text(_MIDDLE, 336, "z ~ N(0, I), then the decoder alone", _MUTED),
         _text(side, 322, "sum: −ELBO", _INK),

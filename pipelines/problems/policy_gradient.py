@@ -264,7 +264,7 @@ def _training(config: PolicyGradientConfig, world: World, answer: Answer) -> Non
     curves.append(Series("largest possible", [0, config.steps], [best, best], colour=2))
     alt = "Expected reward rises towards the largest possible one, faster and more evenly with a baseline."
     svg = lines("policy_gradient-training", [Panel(curves, "E[r], exact")], "steps", alt)
-    caption = f"{config.batch_size} samples a prompt and step: with a baseline it rises faster ({config.seeds} seeds each)."
+    caption = f"{config.batch_size} samples a prompt and step: faster with a baseline ({config.seeds} seeds each)."
     answer.figure(Figure("training", svg, caption=caption, title="Training on sampled gradients"))
 
 
