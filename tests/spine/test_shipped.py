@@ -30,7 +30,7 @@ def test_every_chain_is_valid_as_it_stands(name, tmp_path):
         (tmp_path / "package.dist-info").mkdir()
         own = [f"text.site_packages={tmp_path}"]
     configured = list(chain.configured(tmp_path / "run", own))
-    if "preferences" in chain.stages:
+    if "preferences" in chain.stages and "policy_gradient" not in chain.stages:  # the problem set's chains have more
         assert configured == STAGES
     else:
         assert configured == list(chain.stages)
