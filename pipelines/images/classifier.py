@@ -37,6 +37,7 @@ class ClassifierConfig(ImageTrainingConfig):
     )
     width: int = Field(32, ge=1, description="channels of its first convolution")
     features: int = Field(64, ge=2, description="values before the last layer, which images are compared by")
+    dropout: float = Field(0.25, ge=0, lt=1, description="share of values dropped before its last two layers")
     ema_decay: float = Field(0.99, ge=0, lt=1, description="exponential moving average of the weights; 0: none")
     lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"] = Field(
         "linear", description="how the learning rate falls after the warm-up"

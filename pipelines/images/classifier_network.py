@@ -32,6 +32,7 @@ class ImageClassifier(ModelMixin, ConfigMixin):
         classes: how many.
         width: channels of the first convolution; the others have twice as many.
         features: values before the last layer: what images are compared by.
+        dropout: share of the values before each of the last two layers that is dropped while it learns.
         task: what the classes are: the data's ``labels``, or ``rotations`` by quarter turns.
     """
 
@@ -43,6 +44,7 @@ class ImageClassifier(ModelMixin, ConfigMixin):
         classes: int = 10,
         width: int = 32,
         features: int = 64,
+        dropout: float = 0.25,
         task: str = "labels",
     ):
         super().__init__()
@@ -55,10 +57,10 @@ class ImageClassifier(ModelMixin, ConfigMixin):
             nn.Conv2d(2 * width, 2 * width, 3, stride=2, padding=1),
             nn.GELU(),
             nn.Flatten(),
-            nn.Dropout(0.25),
+            nn.Dropout(dropout),
             nn.Linear(2 * width * side * side, features),
         )
-        self.head = nn.Sequential(nn.GELU(), nn.Dropout(0.25), nn.Linear(features, classes))
+        self.head = nn.Sequential(nn.GELU(), nn.Dropout(dropout), nn.Linear(features, classes))
 
     def forward(self, images: Tensor) -> Tensor:
         """(n, channels, h, w) in [0, 1] to (n, classes) logits."""
@@ -110,6 +112,7 @@ class ClassifierMethod:
             classes=4 if self.rotations else len(images.classes),
             width=config.width,
             features=config.features,
+            dropout=config.dropout,
             task="rotations" if self.rotations else "labels",
         )
         self.config, self.parts = config, {"classifier": network}
