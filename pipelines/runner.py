@@ -455,6 +455,10 @@ def _run_locked(chain, run_dir, stages, configs, force, launcher, command) -> di
         print(f"nothing to do: {run_dir} is up to date (report: {run_dir / 'report.html'})", flush=True)
         return collect(chain, run_dir)
     print(f"done in {(time.monotonic() - start) / 60:.1f} min: {report}", flush=True)
+    if any(configs[name][0].get("push_to_hub") for name in stages):
+        from pipelines.publishing.push import refresh_cards
+
+        unpushed += refresh_cards(run_dir / name for name in stages)
     if unpushed:
         raise UserError.of(unpushed)
     return metrics

@@ -263,6 +263,12 @@ def note_push(stage: Path, repo_id: str, artifact: Artifact, branch: str | None,
     )
 
 
+def pushed_to(stage: Path) -> dict[str, str] | None:
+    """Where the stage was pushed to: ``repo_id``, ``kind``, ``branch`` and ``commit``; None where it was not."""
+    note = _json(stage / PUSHED) if (stage / PUSHED).is_file() else {}
+    return {str(k): str(v) for k, v in note.items()} if {"repo_id", "kind", "branch"} <= set(note) else None
+
+
 def on_hub(value: str | None, run_dir: Path | None = None) -> str | None:
     """The Hub's name of a model: the name itself, or where the stage that lies in that folder was pushed to.
 
@@ -274,11 +280,10 @@ def on_hub(value: str | None, run_dir: Path | None = None) -> str | None:
         return None
     places = [Path(value).expanduser(), *([run_dir / Path(value).name] if run_dir else [])]
     for place in places:
-        if (place / PUSHED).is_file():
-            note = _json(place / PUSHED)
-            # Of another branch than main the name alone would load something else.
-            if note.get("kind") in ("seq2seq", "causal") and note.get("branch") == "main":
-                return str(note["repo_id"])
+        note = pushed_to(place)
+        # Of another branch than main the name alone would load something else.
+        if note is not None and note["kind"] in ("seq2seq", "causal") and note["branch"] == "main":
+            return note["repo_id"]
     return None if any(place.exists() for place in places) or looks_local(value) else value
 
 

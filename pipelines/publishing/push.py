@@ -9,12 +9,23 @@ from __future__ import annotations
 import os
 import shlex
 import tempfile
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.errors import UserError
+from pipelines.errors import Problem, UserError, problems_of
 from pipelines.publishing.access import check_rights
-from pipelines.publishing.artifacts import CARD, Artifact, artifact_of, files_of, finished, note_push
+from pipelines.publishing.artifacts import (
+    ADAPTER_FOLDER,
+    CARD,
+    Artifact,
+    artifact_of,
+    files_of,
+    finished,
+    note_push,
+    pushed_to,
+)
 from pipelines.publishing.card import base_of, card_of, write_card
 from pipelines.publishing.client import hub, patiently
 from pipelines.publishing.fields import (
@@ -114,21 +125,29 @@ def _upload(
     branch: str | None,
     message: str,
 ) -> str:
-    from huggingface_hub import CommitOperationAdd
-
     kind = artifact.repo_type
     patiently(lambda: api.create_repo(repo_id, private=private or None, repo_type=kind, exist_ok=True))
     if branch not in (None, "main"):
         patiently(lambda: api.create_branch(repo_id, branch=branch, repo_type=kind, exist_ok=True))
 
+    made = _commit(api, artifact, files, repo_id, branch, message)
+    note_push(artifact.stage, repo_id, artifact, branch, made.oid)
+    return str(made.commit_url)
+
+
+def _commit(
+    api: HfApi, artifact: Artifact, files: dict[str, Path | bytes], repo_id: str, branch: str | None, message: str
+) -> Any:
+    from huggingface_hub import CommitOperationAdd
+
     def commit() -> Any:
         # New operations each time: what a commit whose answer got lost has done is looked up anew, and not done twice.
         operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
-        return api.create_commit(repo_id, operations, commit_message=message, repo_type=kind, revision=branch)
+        return api.create_commit(
+            repo_id, operations, commit_message=message, repo_type=artifact.repo_type, revision=branch
+        )
 
-    made = patiently(commit)
-    note_push(artifact.stage, repo_id, artifact, branch, made.oid)
-    return str(made.commit_url)
+    return patiently(commit)
 
 
 def _message(record: dict[str, Any]) -> str:
@@ -170,3 +189,34 @@ def push_stage(config: PublishFields) -> None:
     adapter = getattr(config, "push_adapter", False)
     address = push(config.output_dir, config.repo_id, adapter=adapter, checked=True, **settings)
     print(f"pushed: {address}", flush=True)
+
+
+def refresh_cards(stages: Iterable[Path]) -> list[Problem]:
+    """Push the cards of a run's stages once more: they were pushed before the run had measured what they made.
+
+    Args:
+        stages: folders; those that were not pushed, or whose card says what it said, are left alone.
+
+    Returns:
+        What could not be pushed.
+    """
+    noted = {stage: note for stage in stages if (note := pushed_to(stage)) is not None}
+    return problems_of(*(partial(_refresh, stage, note) for stage, note in noted.items()))
+
+
+def _refresh(stage: Path, note: dict[str, str]) -> None:
+    from huggingface_hub import ModelCard
+
+    folder, record = finished(stage)
+    artifact = artifact_of(folder, note["kind"] == "adapter" and (folder / ADAPTER_FOLDER).is_dir())
+    branch, path = None if note["branch"] == "main" else note["branch"], artifact.card
+    before = path.read_text(encoding="utf-8")
+    data = ModelCard(before, ignore_metadata_errors=True).data
+    settings = {"branch": branch, "licence": data.get("license"), "base_model": data.get("base_model")}
+    after = card_of(artifact, record, note["repo_id"], **settings)
+    if after == before:
+        return
+    write_text(path, after)
+    again = _command(folder, note["repo_id"], {"adapter": artifact.folder != artifact.stage}, {"branch": branch})
+    with hub(note["repo_id"], kept=f"the card is in {path}", again=again) as api:
+        _commit(api, artifact, {CARD: path}, note["repo_id"], branch, "Update the card with what the run measured")

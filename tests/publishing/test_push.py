@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, constants
 
 from pipelines.errors import UserError
 from pipelines.publishing import client
-from pipelines.publishing.push import push
+from pipelines.publishing.push import push, refresh_cards
 from tests.publishing.conftest import TOKEN, WEIGHTS, add_adapter, environment, write_stage
 from tests.publishing.hub import Fault, Hub, account
 
@@ -123,6 +123,25 @@ def test_preferences_go_into_a_data_sets_repository(hub: Hub, tmp_path: Path) ->
     sent = hub.sent("/storage/")
     _push(hub, folder, "ada/pairs")  # the Parquet files are made anew, and are the same
     assert hub.sent("/storage/") == sent
+
+
+def test_the_cards_of_a_run_are_pushed_again_with_its_measurements(hub: Hub, stage: Path, monkeypatch) -> None:
+    metrics = (stage.parent / "metrics.json").read_text()
+    (stage.parent / "metrics.json").unlink()
+    _push(hub, stage, licence="mit", branch="v1")
+    assert refresh_cards([stage, stage.parent / "sft"]) == []  # nothing new, or never pushed: nothing is asked
+    (stage.parent / "metrics.json").write_text(metrics)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    assert [p.problem.split(";")[0] for p in refresh_cards([stage])] == ["there is no token to push with"]
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    (stage / "README.md").write_bytes(hub.files("ada/demo-ppo", revision="v1")["README.md"])
+    assert refresh_cards([stage]) == []
+    assert len(hub.commits("ada/demo-ppo", revision="v1")) == 2
+    card = ModelCard(hub.files("ada/demo-ppo", revision="v1")["README.md"].decode())
+    assert [r.metric_type for r in card.data.eval_results] == ["rouge1"]
+    assert card.data.license == "mit"
+    assert 'revision="v1"' in card.text
+    assert hub.sent("/storage/") == len(WEIGHTS)
 
 
 # --- adapters ---

@@ -75,6 +75,9 @@ def test_a_chain_and_a_soft_prompt(hub: Hub, tmp_path: Path) -> None:
     assert set(adapter) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert json.loads(adapter["adapter_config.json"])["base_model_name_or_path"] == "ada/tiny-sft"
     assert ModelCard(hub.files("ada/tiny-ppo")["README.md"].decode()).data.base_model == "ada/tiny-sft"
+    measured = ModelCard(hub.files("ada/tiny-ppo")["README.md"].decode()).data.eval_results
+    assert {r.metric_type for r in measured} >= {"rouge1", "gold_win_rate"}  # by a later stage: the card came after it
+    assert all(r.metric_args["low"] <= r.metric_value <= r.metric_args["high"] for r in measured)
     reward = ModelCard(hub.files("ada/tiny-reward")["README.md"].decode()).data
     assert {r.metric_type for r in reward.eval_results} >= {"accuracy"}
     soft = [
