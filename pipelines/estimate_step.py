@@ -204,7 +204,6 @@ class Cost:
         forward_bytes: activations held at the end of the forward pass.
         peak_bytes: most bytes of activations, gradients and what operations make in passing, at once.
         flops: of forward and backward pass, all ``accumulation`` of them, and the reference's.
-        forward_flops: of one forward pass without gradients.
         factored: numbers of Adafactor's state.
     """
 
@@ -216,7 +215,6 @@ class Cost:
     forward_bytes: int
     peak_bytes: int
     flops: int
-    forward_flops: int
     factored: int
 
 
@@ -423,7 +421,7 @@ def _factored(parameters: Iterator[Tensor]) -> int:
 
 
 # A model of more layers is run at these two depths; what its other layers take follows.
-_SHALLOW, _DEEPER = 2, 4
+_SHALLOW, _DEEPER = 1, 2
 _DEPTHS = (("num_layers", "num_decoder_layers"), ("encoder_layers", "decoder_layers"))
 
 
@@ -460,7 +458,7 @@ def _extended(config: Any, run: Callable[[Any], Any], combine: Callable[[list[An
         combine: (what was found, weights that sum to 1) -> the same for the whole model.
     """
     depths = _depths(config)
-    if depths is None or max(depths) <= _DEEPER + 1:
+    if depths is None or max(depths) <= 2 * _DEEPER:
         return run(config)
     if depths[0] == depths[1]:
         found = [run(_of_depths(config, layers, layers)) for layers in (_SHALLOW, _DEEPER)]
@@ -531,9 +529,6 @@ def _measured(module: nn.Module, shape: Shape, kernels: Kernels | None) -> Cost:
             del loss
     done, beside = min(shape.accumulation, 2), kernels.taken() if kernels else 0
     frozen = sum(p.numel() for p in parameters if not _is_value_head(module, p))
-    forward = FlopCounterMode(display=False)
-    with forward:
-        reference()
     largest, outside = _blocks(module)
     return Cost(
         parameters=sum(p.numel() for p in parameters),
@@ -544,7 +539,6 @@ def _measured(module: nn.Module, shape: Shape, kernels: Kernels | None) -> Cost:
         forward_bytes=held,
         peak_bytes=memory.peak,
         flops=(flops.get_total_flops() + beside) * shape.accumulation // done,
-        forward_flops=forward.get_total_flops() + (kernels.taken() if kernels else 0),
         factored=_factored(iter(trained)),
     )
 
