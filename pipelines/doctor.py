@@ -11,6 +11,7 @@ from pipelines.stage import versions
 _OPTIONAL = {
     "diffusers": "image models (pip install 'genalign[images]')",
     "trackio": "report_to=trackio",
+    "latex2mathml": "the problem set (pip install 'genalign[problems]')",
     "wandb": "report_to=wandb",
 }
 
