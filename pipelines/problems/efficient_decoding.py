@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from pipelines.problems.decoding_transformer import EncoderDecoder, Sizes
 
 LABELS = {
-    "naive": "everything anew",
-    "encode_once": "source encoded once",
-    "cached": "keys and values kept",
-    "t5_anew": "T5, no cache",
-    "t5_cached": "T5, cached",
+    "naive": "all anew",
+    "encode_once": "encoded once",
+    "cached": "cached",
+    "t5_anew": "T5 anew",
+    "t5_cached": "T5 cached",
 }
 
 
@@ -39,7 +39,7 @@ class EfficientDecodingConfig(ExerciseConfig):
     inner: int = Field(384, ge=4, le=16384, description="units of the feed-forward networks")
     layers: int = Field(2, ge=1, le=24, description="of the encoder, and of the decoder")
     batch_size: int = Field(4, ge=1, description="sources that are generated from together")
-    source_length: int = Field(64, ge=1, description="tokens of the source while the target's length varies")
+    source_length: int = Field(16, ge=1, description="tokens of the source while the target's length varies")
     target_length: int = Field(32, ge=1, description="tokens generated while the source's length varies")
     source_lengths: list[int] = Field(
         [32, 64, 128, 256, 512], min_length=3, max_length=20, description="source lengths that are measured, rising"

@@ -16,7 +16,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from pipelines.reporting.metrics import Estimate
 
@@ -175,10 +175,20 @@ def lines(name: str, panels: Sequence[Panel], xlabel: str, alt: str, *, logx: bo
         axes[-1].set_xlabel(xlabel)
         figure.align_ylabels(axes)
         if logx:
-            axes[-1].set_xscale("log")
+            _log_ticks(axes[-1])
         else:
             axes[-1].xaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
         return svg(figure, name, alt)
+
+
+def _log_ticks(axis: Axes) -> None:
+    """A logarithmic horizontal axis; over less than three decades it has plain numbers at 1, 2 and 5 of each."""
+    axis.set_xscale("log")
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    low, high = axis.get_xlim()
+    if high / low < 1000:
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _draw(axis: Axes, series: Series, colour: str) -> None:

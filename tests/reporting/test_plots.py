@@ -107,3 +107,12 @@ def test_a_name_that_is_no_id_is_refused(name: str) -> None:
 def test_short_series_are_drawn_too(values: list[float]) -> None:
     panel = Panel([Series("x", range(len(values)), values, smooth=True)], "y", zero=True)
     ET.fromstring(plots.lines("short", [panel], "step", "alt"))
+
+
+def test_a_short_logarithmic_axis_has_plain_numbers_and_a_long_one_powers() -> None:
+    def letters(x: list[float]) -> list[str]:
+        root = ET.fromstring(plots.lines("log", [Panel([Series("", x, x)], "y")], "x", "alt", logx=True))
+        return ["".join(t.itertext()).strip() for t in root.iter("{http://www.w3.org/2000/svg}text")]
+
+    assert {"20", "50", "100"} <= set(letters([12, 48, 192]))
+    assert not {"1e-05", "0.0001", "0.001"} & set(letters([1e-5, 1e-2, 10]))
