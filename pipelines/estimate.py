@@ -112,6 +112,7 @@ class StageEstimate:
         others: models that only score -> bytes.
         cache: bytes of keys and values of generation.
         sampling: bytes that a rollout holds at once beside the models, its keys and values among them.
+        after: bytes of the reference that the trained model is measured against, loaded when training has ended.
         total: most bytes at once.
         steps: optimizer steps; None where the number of examples is not known.
         flops: of one step on all devices, with its share of sampling.
@@ -131,6 +132,7 @@ class StageEstimate:
     others: dict[str, float] = field(default_factory=dict)
     cache: float = 0.0
     sampling: float = 0.0
+    after: float = 0.0
     total: float = 0.0
     steps: int | None = None
     flops: float = 0.0
@@ -260,7 +262,7 @@ def _laid_out(found: StageEstimate, cost: Any, launch: Launch, precision: str) -
     found.peak = max(cost.forward_bytes, cost.peak_bytes - (whole - gradients if launch.kind != "single" else 0.0))
     found.weights, found.gradients, found.optimizer = weights, gradients, optimizer
     models = weights + optimizer + extra + sum(found.others.values())
-    found.total = models + max(found.peak, found.sampling)
+    found.total = models + max(found.peak, found.sampling, found.after)
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------
@@ -336,6 +338,9 @@ def estimate_stage(
     )
     if (online or sampled) and not shape.lora_r:
         found.others["reference"] = float(cost.frozen_bytes)
+    if kind in ("dpo", "listwise"):
+        # On a CPU the pages of its file are counted too while it is read.
+        found.after = float(cost.frozen_bytes * (2 if device.runs == "cpu" else 1))
     flops, memory_seconds = float(cost.flops), 0.0
     if sampled:
         for name in settings.reward_specs:
@@ -370,6 +375,7 @@ def estimate_stage(
 
 
 def _backbone(config: Any) -> int:
+    """Parameters of a reward model's encoder and decoder."""
     from pipelines.estimate_models import empty_model
 
     return sum(p.numel() for p in empty_model(config).base_model.parameters())
