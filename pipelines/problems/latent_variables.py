@@ -37,7 +37,7 @@ class LatentVariablesConfig(ExerciseConfig):
     )
     vae: Source = Field(description="folder of a finished stage of images/vae; its fields are those of the trainings")
     betas: list[Annotated[float, Field(gt=0)]] = Field(
-        [0.1, 0.3, 1.0, 3.0, 10.0], min_length=2, description="weights of the divergence, one small training each"
+        [0.03, 0.1, 0.3, 1.0, 3.0], min_length=2, description="weights of the divergence, one small training each"
     )
     dimensions: list[Annotated[int, Field(ge=1)]] = Field(
         [2, 8, 64], min_length=1, description="latent dimensions of plain autoencoders, one training each"
@@ -208,7 +208,13 @@ def _sweep(config: LatentVariablesConfig, fields: VAEConfig, images: ImageSet, s
         mine = carried(m, v, _normal(config, 2, *m.shape))
         noisy.append((beta, one, mine))
         rows.append(
-            [f"β = {beta:g}", f"{one.rate:.1f}", f"{mine.information:.2f}", f"{mine.behind:.2f}", *_common(one)]
+            [
+                f"β = {beta:g}",
+                f"{one.rate:.1f}",
+                f"{round(mine.information, 2) + 0.0:.2f}",
+                f"{mine.behind:.1f}",
+                *_common(one),
+            ]
         )
     plain = []
     for size in sorted(config.dimensions):
@@ -296,7 +302,7 @@ def _blur(network: ImageVAE, seen: Tensor, held_out: Tensor, answer: Answer) -> 
         seen_error=((again - seen) ** 2).mean(),
         mean_error=((mean - held_out) ** 2).mean(),
     )
-    count = min(2 * _COLUMNS, len(held_out))
+    count = min(_COLUMNS, len(held_out))
     picture = torch.stack([part[:count].float() for part in (held_out, rebuilt, mean, nearest)])
     caption = (
         "Held-out images; their reconstructions; the mean of the training images behind z; the likeliest of those."

@@ -95,7 +95,7 @@ def test_optima_of_the_reverse_divergence_are_those_of_the_grid(changes, optima,
     mean, scale = target.moments()
     starts = [*zip(target.means, target.scales, strict=True), (mean, scale), (mean, scale / 2)]
     found = [fit for fit, _ in kl.distinct([kl.fit(kl.reverse_kl, target, *start) for start in starts])]
-    means, scales = np.linspace(*target.range(2.0), 61), np.geomspace(min(target.scales) / 3, 1.5 * scale, 61)
+    means, scales = np.linspace(*target.range(2.0), 41), np.geomspace(min(target.scales) / 3, 1.5 * scale, 41)
     searched = kl.grid_minima(target, means, scales, kl.reverse_table(target, means, scales))
     assert len(found) == len(searched) == optima
     for one, other in zip(found, searched, strict=True):
