@@ -4,8 +4,10 @@ import importlib.util
 import json
 import re
 import shutil
+import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -101,17 +103,31 @@ def rows_of(tracker: str, folder, home) -> list[dict]:
 
         return SQLiteStorage.get_logs("genalign", run_name(folder))
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
     (file,) = (folder / "logs" / "wandb").glob("offline-run-*/run-*.wandb")
-    store, rows = DataStore(), []
-    store.open_for_scan(str(file))
-    while (data := store.scan_data()) is not None:
+    rows = []
+    for data in log_records(file.read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         if record.WhichOneof("record_type") == "history":
             rows.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item})
     return rows
+
+
+def log_records(data: bytes) -> Iterator[bytes]:
+    """The records of a LevelDB log, which wandb writes offline: blocks of 32 KiB, the first after a head of 7 bytes."""
+    place, whole = 7, b""
+    while place + 7 <= len(data):
+        left = 2**15 - place % 2**15
+        if left < 7:
+            place += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, place)
+        whole += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # the only part, or the last
+            yield whole
+            whole = b""
 
 
 @pytest.mark.slow
