@@ -14,6 +14,13 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
+def pytest_collection_modifyitems(items):
+    """Keep these tests in one worker: they share a fork server and a run."""
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.xdist_group("launch"))
+
+
 @dataclass
 class World:
     """Where a chain was begun, and the fork server that began it."""

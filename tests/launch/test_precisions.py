@@ -50,7 +50,9 @@ def test_the_table_in_the_documentation_is_that_of_the_recipes(root):
     assert support_table() in text, support_table()
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in TINY])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == QUICK[1] else pytest.mark.slow) for name in TINY]
+)
 def test_bf16_trains_float32_weights(preferred_or_begun, tmp_path, name):
     world = preferred_or_begun(name)
     run_dir = tmp_path / "run"
@@ -85,6 +87,7 @@ def test_float16_on_a_cpu_is_one_line_before_work(begun, tmp_path):
     assert not (tmp_path / "vae").exists()
 
 
+@pytest.mark.slow
 def test_the_recipes_field_decides_not_the_launcher(begun, tmp_path):
     """accelerate's own mixed_precision, from its file or its command line, reaches a process as a variable."""
     run_dirs = [tmp_path / "plain", tmp_path / "asked"]
