@@ -24,14 +24,14 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from pipelines.config import as_plain, fields_of, nearest, override, read_yaml, split_overrides, validate
-from pipelines.errors import Problem, UserError
+from pipelines.errors import Problem, UserError, problems_of
 from pipelines.publishing.access import check_chain
 from pipelines.recipe import EXIT_INTERRUPTED, Recipe, announce, run_one
 from pipelines.share import shared_folder
@@ -420,6 +420,7 @@ def _run_locked(chain, run_dir, stages, configs, force, launcher, command) -> di
             head = f"[{number}/{len(stages)}] {name}"
             if name not in force and finished(recipe.function, config) is not None:
                 print(f"{head}: up to date", flush=True)
+                unpushed += _pushed_late(config)
                 continue
             print(f"{head}: {recipe.summary}", flush=True)
             before = _stamp(run_dir / name)
@@ -453,8 +454,9 @@ def _run_locked(chain, run_dir, stages, configs, force, launcher, command) -> di
     if not done:
         _claim(run_dir, chain, command)
         print(f"nothing to do: {run_dir} is up to date (report: {run_dir / 'report.html'})", flush=True)
-        return collect(chain, run_dir)
-    print(f"done in {(time.monotonic() - start) / 60:.1f} min: {report}", flush=True)
+        metrics = collect(chain, run_dir)
+    else:
+        print(f"done in {(time.monotonic() - start) / 60:.1f} min: {report}", flush=True)
     if any(configs[name][0].get("push_to_hub") for name in stages):
         from pipelines.publishing.push import refresh_cards
 
@@ -462,6 +464,15 @@ def _run_locked(chain, run_dir, stages, configs, force, launcher, command) -> di
     if unpushed:
         raise UserError.of(unpushed)
     return metrics
+
+
+def _pushed_late(config: Any) -> list[Problem]:
+    """Push a stage that was finished before it was told to, or whose push has failed; returns what went wrong."""
+    if not getattr(config, "push_to_hub", False):
+        return []
+    from pipelines.publishing.push import push_missing
+
+    return problems_of(partial(push_missing, config))
 
 
 def _stamp(stage_dir: Path) -> int:

@@ -64,6 +64,13 @@ class PublishFields:
         )
         if getattr(self, "push_adapter", False) and not getattr(self, "lora_r", 0):
             found.append(Problem("push_adapter", True, "no adapter is trained", "give lora_r=8, or leave it out"))
+        elif getattr(self, "push_adapter", False) and (model := getattr(self, "model", None)):
+            from pipelines.publishing.artifacts import on_hub
+
+            if Path(model).expanduser().is_dir() and on_hub(model) is None:
+                mend = "push that stage first, or push the merged model: leave push_adapter out"
+                problem = "the adapter's base is a folder of this machine that was not pushed"
+                found.append(Problem("push_adapter", True, problem, mend))
         return found
 
 

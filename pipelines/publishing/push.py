@@ -191,6 +191,18 @@ def push_stage(config: PublishFields) -> None:
     print(f"pushed: {address}", flush=True)
 
 
+def push_missing(config: PublishFields) -> None:
+    """As ``push_stage``, where the stage is not yet where its configuration says.
+
+    Raises:
+        PushError: it did not get there.
+    """
+    note = pushed_to(Path(config.output_dir).expanduser()) or {}
+    place = (repository(str(config.repo_id), config.output_dir), config.branch or "main")
+    if (note.get("repo_id"), note.get("branch")) != place:
+        push_stage(config)
+
+
 def refresh_cards(stages: Iterable[Path]) -> list[Problem]:
     """Push the cards of a run's stages once more: they were pushed before the run had measured what they made.
 

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 
+from pipelines.config import StageConfig, config
 from pipelines.errors import UserError
 from pipelines.publishing.access import check_access, check_chain, check_stage
-from pipelines.publishing.fields import check_apart, check_branch, check_licence, check_repo_id
+from pipelines.publishing.fields import PublishFields, check_apart, check_branch, check_licence, check_repo_id
+from pipelines.seq2seq.lora import LoraFields
 from pipelines.seq2seq.preferences import PreferencesConfig
 from pipelines.seq2seq.sft import SFTConfig
+from pipelines.stage import write_json
 from tests.publishing.conftest import TOKEN
 from tests.publishing.hub import Fault, Hub, account
 
@@ -167,6 +170,13 @@ def test_what_is_wrong_with_the_fields_is_found_with_all_else() -> None:
     assert not {p.what for p in SFTConfig(branch="a b").problems()} & ours  # of no account where nothing is pushed
 
 
+@config
+class PublishFieldsOnly(LoraFields, PublishFields, StageConfig):
+    """A stage with adapters and nothing else that could be wrong."""
+
+    model: str = ""
+
+
 def test_an_adapter_is_pushed_only_where_one_is_trained(tmp_path: Path) -> None:
     from pipelines.seq2seq.dpo import DPOStageConfig
 
@@ -180,6 +190,14 @@ def test_an_adapter_is_pushed_only_where_one_is_trained(tmp_path: Path) -> None:
     }
     assert [p.what for p in DPOStageConfig(**given).problems()] == ["push_adapter"]
     assert DPOStageConfig(**given, lora_r=4).problems() == []
+    local = PublishFieldsOnly(
+        model=str(tmp_path / "pairs"), push_to_hub=True, repo_id="ada/x", push_adapter=True, lora_r=4
+    )
+    assert [p.problem for p in local.problems()] == [
+        "the adapter's base is a folder of this machine that was not pushed"
+    ]
+    write_json(tmp_path / "pairs" / ".hub.json", {"repo_id": "ada/sft", "kind": "seq2seq", "branch": "main"})
+    assert local.problems() == []
 
 
 def test_the_fields_do_not_decide_whether_a_stage_runs_again() -> None:

@@ -153,3 +153,10 @@ def test_a_chain_goes_on_when_a_push_fails(hub: Hub, forks: ForkServer, words: l
     assert (tmp_path / "run" / "report.html").is_file()
     assert TOKEN not in printed + errors
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and TOKEN.encode() in p.read_bytes()]
+    hub.faults.clear()
+    # all is made: only the push is missing
+    code, printed, errors = forks.answer(*line, "repo_id=ada/toy-{stage}", env=variables)
+    assert code == 0, errors
+    assert printed.count("up to date") == 4  # three stages, and the run
+    assert printed.count("pushed: ") == 1
+    assert "tokenizer.json" in hub.files("ada/toy-first")
