@@ -75,14 +75,16 @@ class _Quiet(SimpleHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def served(folder: Path, report: str = "run/report.html") -> Iterator[tuple[str, list[str]]]:
-    """A server on this machine with a folder that holds a report, and the measuring pages; what was asked of it.
+def served(folder: Path, widths: tuple[str, ...] = tuple(WIDTHS)) -> Iterator[tuple[str, list[str]]]:
+    """A server on this machine with a folder that holds ``run/report.html``; its address and what was asked of it.
 
-    ``/measure.html`` frames the report at each width, ``/phone.html`` at the phone's alone.
+    ``/measure.html`` frames the report at each of the widths, ``/phone.html`` at the phone's alone.
     """
+    report = "run/report.html"
     frames = "".join(
         f'<iframe name="{name}" src="{report}" style="width:{width}px;height:900px;border:0"></iframe>'
         for name, width in WIDTHS.items()
+        if name in widths
     )
     (folder / "measure.html").write_text(PAGE.replace("FRAMES", frames), encoding="utf-8")
     phone = f'<body style="margin:0"><iframe src="{report}" style="width:{WIDTHS["phone"]}px;height:900px;border:0">'
