@@ -35,6 +35,12 @@ class ZerothOrderConfig(ImageExerciseConfig):
     steps: int | None = Field(None, ge=1, description="optimizer steps; null: 2000 on the digits, 4000 on other data")
     batch_size: int = Field(64, ge=1, description="images of a step, drawn with replacement")
     learning_rate: float = Field(5e-4, gt=0, description="of Adam, the same for all methods")
+    entropy: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="β of an entropy bonus, E[L] − βH, of all methods but supervision: no label is given up",
+    )
     samples: int = Field(4, ge=2, le=64, description="labels drawn for an image where a method draws several")
     seeds: int = Field(5, ge=1, le=50, description="trainings of each method, with their own weights and draws")
     curve_points: int = Field(20, ge=2, le=200, description="moments at which accuracy and scatter are measured")

@@ -100,6 +100,17 @@ def best_baseline(logits: Tensor, losses: Tensor) -> Tensor:
     return (p * losses * size).sum(1, keepdim=True) / (p * size).sum(1, keepdim=True)
 
 
+def entropy_gradient(logits: Tensor) -> Tensor:
+    """∇_z of −H(softmax(z)), H in nats: p ⊙ (log p + H). (B, C) to (B, C).
+
+    Added β times, it makes E[L] − βH the objective, whose minimum is p ∝ e^{−L/β} instead of a single label: labels
+    that seem wrong go on being tried now and then (Williams and Peng 1991).
+    """
+    log_p = logits.log_softmax(1)
+    p = log_p.exp()
+    return p * (log_p - (p * log_p).sum(1, keepdim=True))
+
+
 def draw_labels(logits: Tensor, samples: int, generator: torch.Generator) -> Tensor:
     """(B, K) labels from softmax(logits), with replacement."""
     return torch.multinomial(logits.softmax(1), samples, replacement=True, generator=generator)

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from pipelines.problems.small_networks import accuracy, perceptron
 from pipelines.problems.zeroth_order_math import (
     draw_labels,
+    entropy_gradient,
     exact_gradient,
     leave_one_out_gradient,
     score_gradient,
@@ -124,7 +125,7 @@ def train(method: str, seed: int, images: LabelledSet, config: ZerothOrderConfig
             cross_entropy(logits, images.train.labels[rows]).backward()
         else:
             found = gradient_at_logits(method, logits.detach(), rows, box, baseline, config.samples, draws)
-            logits.backward(found / len(rows))
+            logits.backward((found + config.entropy * entropy_gradient(logits.detach())) / len(rows))
         optimizer.step()
 
 

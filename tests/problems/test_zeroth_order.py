@@ -75,6 +75,18 @@ def test_the_best_baseline_has_the_least_variance(problem):
         assert (variance(best) < variance(best + step)).all()
 
 
+def test_the_entropy_bonus_is_the_gradient_of_the_entropy_and_has_its_optimum():
+    logits = torch.randn(5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    z = logits.clone().requires_grad_(True)
+    p = z.softmax(1)
+    (wanted,) = torch.autograd.grad((p * p.log()).sum(), z)
+    torch.testing.assert_close(math.entropy_gradient(logits), wanted, atol=1e-14, rtol=0)
+    losses = torch.rand(5, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    best = -losses / 0.3  # p ∝ e^{−L/β}
+    rest = math.exact_gradient(best, losses) + 0.3 * math.entropy_gradient(best)
+    torch.testing.assert_close(rest, torch.zeros_like(rest), atol=1e-14, rtol=0)
+
+
 def test_variance_by_enumeration_is_that_of_a_simulation(problem):
     logits, losses = problem
     exact = math.exact_gradient(logits, losses)
