@@ -158,7 +158,7 @@ def _card(record: dict[str, Any]) -> Iterator[str]:
     yield from ("| steps | held-out loss | ROUGE-1 |", "|---|---|---|")
     done = 0
     for phase in record["phases"]:
-        for entry in phase["curve"]:
+        for entry in {entry["step"]: entry for entry in phase["curve"]}.values():  # the last one is measured twice
             yield f"| {done + entry['step']:,} | {_number(entry, 'eval_loss')} | {_number(entry, 'eval_rouge1', 1)} |"
         done += int(phase["metrics"]["pretrain/steps"])
     yield from ("", "## Data", "")
