@@ -178,6 +178,7 @@ def _pause(error: BaseException, usual: float) -> float | None:
 def _explained(error: BaseException, token: str) -> tuple[str, str]:
     """What went wrong and how to mend it, without the token."""
     import httpx2
+    from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
 
     answer = next((e for e in _causes(error) if isinstance(e, HfHubHTTPError)), None)
@@ -186,7 +187,10 @@ def _explained(error: BaseException, token: str) -> tuple[str, str]:
     text = _ADDRESS.sub(r"\1", " ".join(text.replace(token, "***").split()))[:300]
     if answer is None:
         problem = f"the push did not get through ({type(lost or error).__name__}: {text})"
-        return problem, "check the network, HF_ENDPOINT and the token"
+        mend = "check the network, HF_ENDPOINT and the token"
+        if lost is None and not constants.HF_HUB_DISABLE_XET:
+            mend += "; where the Hub is a mirror without Xet storage, set HF_HUB_DISABLE_XET=1"
+        return problem, mend
     status = answer.response.status_code
     said = f"{status}: {text}" if getattr(answer, "server_message", None) else f"{status}"
     return {

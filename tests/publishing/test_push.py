@@ -408,3 +408,22 @@ def _genalign(words: list[str], variables: dict[str, str]) -> subprocess.Complet
     assert TOKEN not in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done
+
+
+# --- Xet ---
+
+
+def test_small_files_travel_in_the_commit_whatever_the_storage(hub: Hub, stage: Path, monkeypatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    (stage / "model.safetensors").rename(stage / "vocab.json")
+    _push(hub, stage)
+    assert set(hub.files("ada/demo-ppo")) == {"README.md", "config.json", "vocab.json"}
+
+
+def test_a_mirror_without_xet_is_one_line_that_says_how(
+    hub: Hub, stage: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    with pytest.raises(UserError, match="HF_HUB_DISABLE_XET=1") as caught:
+        _push(hub, stage)
+    _one_line_without_token(caught.value, stage, caplog.text)
