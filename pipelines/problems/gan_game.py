@@ -170,7 +170,7 @@ def _best_discriminator(answer: Answer, config: GANGameConfig) -> None:
     panels = [
         Panel(densities, "density", zero=True),
         Panel(
-            [Series("", x, expit(logs[0] - logs[1]), colour=2), Series("", places, expit(best), points=True)], "D*(x)"
+            [Series("", x, expit(logs[0] - logs[1]), colour=2), Series("", places, expit(best), marks=True)], "D*(x)"
         ),
     ]
     svg = lines("optimum", panels, "x", "densities of data and generator, and the best discriminator between them")

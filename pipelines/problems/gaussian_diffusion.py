@@ -143,9 +143,9 @@ def _marginal(answer: Answer, config: GaussianDiffusionConfig, made: _Schedule) 
     answer.value(alpha=made.alphas[t], marginal_mean=mean[t], marginal_variance=variance[t])
     answer.value(simulated_mean=made.means[t], simulated_variance=made.variances[t])
     stages = np.arange(config.timesteps + 1)
-    dots = stages[:: max(1, config.timesteps // 20)]
+    dots = stages[:: max(1, config.timesteps // 10)]
     panels = [
-        Panel([Series("closed form", stages, y), Series("simulated", dots, seen[dots], points=True)], label)
+        Panel([Series("closed form", stages, y), Series("simulated", dots, seen[dots], marks=True)], label)
         for y, seen, label in ((mean, made.means, "mean of x_t"), (variance, made.variances, "variance of x_t"))
     ]
     svg = lines("marginals", panels, "stage t", "mean falls to zero and variance rises to one over the stages")
