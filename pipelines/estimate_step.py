@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -21,26 +22,31 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 Kind = Literal["sft", "pretrain", "reward", "dpo", "listwise", "ppo", "grpo", "rloo"]
 
 
 class TensorMemory(TorchDispatchMode):
-    """Bytes of the tensors that operations make, as long as anything refers to them.
+    """Bytes of the tensors that operations make, as long as anything refers to them; and what the operations cost.
 
     Attributes:
         now: bytes alive.
         peak: most bytes that were alive at once.
+        flops: floating-point operations of the matrix products, as PyTorch's ``FlopCounterMode`` counts them. (That one
+            also follows modules, by hooks that keep what is recomputed alive.)
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.flops = self._looked = 0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         made = func(*args, **(kwargs or {}))
+        cost = flop_registry.get(func._overloadpacket)
+        if cost is not None:
+            self.flops += cost(*args, **(kwargs or {}), out_val=made)
         tree_map_only(Tensor, self.count, made)
         return made
 
@@ -52,8 +58,13 @@ class TensorMemory(TorchDispatchMode):
         self._known.add(storage)
         size = storage.nbytes()
         self.now += size
-        self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._gone, size)
+        if self.now > 1.02 * self._looked:
+            # Fake tensors stand in circles of references that are taken down late; real ones are gone at once.
+            gc.collect()
+            self._looked = max(self._looked, self.now)
+        if self.now <= 1.02 * self._looked:
+            self.peak = max(self.peak, self.now)
 
     def _gone(self, size: int) -> None:
         self.now -= size
@@ -154,6 +165,17 @@ def _as_on(device: str) -> Iterator[Kernels | None]:
         yield kernels
     finally:
         functions.scaled_dot_product_attention, functions.dropout = plain
+
+
+@contextlib.contextmanager
+def _little_garbage() -> Iterator[None]:
+    """Within, collecting garbage looks at what was made within only, which is quick."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @dataclass(frozen=True)
@@ -439,6 +461,8 @@ def _depths(config: Any) -> tuple[int, int] | None:
 def _of_depths(config: Any, encoder: int, decoder: int) -> Any:
     """The configuration of the same model with other numbers of layers."""
     plain = config.to_dict()
+    if "scale_decoder_outputs" in plain:
+        plain["tie_word_embeddings"] = plain.pop("scale_decoder_outputs")  # by which T5 tells v1.1 from itself
     if config.model_type.startswith("t5gemma"):
         for side, layers in (("encoder", encoder), ("decoder", decoder)):
             plain[side] = {**plain[side], "num_hidden_layers": layers, "layer_types": None}
@@ -501,7 +525,7 @@ def measure(config: Any, shape: Shape) -> Cost:
 def measure_whole(config: Any, shape: Shape) -> Cost:
     """``measure`` with every layer run."""
     module = _build(config, shape)
-    with FakeTensorMode(), _as_on(shape.device) as kernels:
+    with FakeTensorMode(), _as_on(shape.device) as kernels, _little_garbage():
         return _measured(_materialized(module), shape, kernels)
 
 
@@ -513,20 +537,22 @@ def _measured(module: nn.Module, shape: Shape, kernels: Kernels | None) -> Cost:
     parameters = list(module.parameters())
     trained = [p for p in parameters if p.requires_grad]
     reference = _forward(module, shape)
-    memory, flops = TensorMemory(), FlopCounterMode(display=False)
+    memory = TensorMemory()
     memory.know(iter([*parameters, *module.buffers()]))
     held = 0
     if kernels:
         kernels.taken()
-    with memory, flops:
+    with memory:
         for _ in range(min(shape.accumulation, 2)):
             if shape.online_reference:
                 reference()
             with _autocast(shape):
                 loss = _loss(module, shape)
+            gc.collect()
             held = max(held, memory.now)
             loss.backward()
             del loss
+            gc.collect()
     done, beside = min(shape.accumulation, 2), kernels.taken() if kernels else 0
     frozen = sum(p.numel() for p in parameters if not _is_value_head(module, p))
     largest, outside = _blocks(module)
@@ -538,7 +564,7 @@ def _measured(module: nn.Module, shape: Shape, kernels: Kernels | None) -> Cost:
         outside_blocks=outside,
         forward_bytes=held,
         peak_bytes=memory.peak,
-        flops=(flops.get_total_flops() + beside) * shape.accumulation // done,
+        flops=(memory.flops + beside) * shape.accumulation // done,
         factored=_factored(iter(trained)),
     )
 
@@ -573,15 +599,15 @@ def forward_peak(config: Any, shape: Shape) -> tuple[int, int]:
 
     def run(config: Any) -> tuple[int, int]:
         module = _build(config, shape)
-        with FakeTensorMode(), _as_on(shape.device) as kernels:
+        with FakeTensorMode(), _as_on(shape.device) as kernels, _little_garbage():
             _materialized(module)
             _share_sources(module, shape)
             module.eval()
-            memory, flops = TensorMemory(), FlopCounterMode(display=False)
+            memory = TensorMemory()
             memory.know(iter([*module.parameters(), *module.buffers()]))
-            with memory, flops:
+            with memory:
                 _forward(module, shape)()
-            return memory.peak, flops.get_total_flops() + (kernels.flops if kernels else 0)
+            return memory.peak, memory.flops + (kernels.flops if kernels else 0)
 
     def combine(found: list[tuple[int, int]], weights: list[float]) -> tuple[int, int]:
         peak, flops = (sum(pair[i] * w for pair, w in zip(found, weights, strict=True)) for i in (0, 1))
