@@ -21,7 +21,7 @@ from pipelines.errors import UserError
 from pipelines.precision import processor
 from pipelines.reporting.metrics import format_mean, read_metrics, write_metrics, write_text
 from pipelines.reporting.run import read_run
-from pipelines.reporting.tables import README_MEASURES, markdown_table, results_table
+from pipelines.reporting.tables import README_MEASURES, markdown_table, results_table, system_label
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
@@ -41,7 +41,8 @@ def facts_of(run_dir: Path, stamp: Path) -> dict[str, Any]:
     generation: dict[str, Any] = {}
     for stage in run.of_kind("evaluate"):
         generation |= stage.json("settings.json") or {}
-    return {"generation": generation, "seconds": seconds, "processor": processor(), "cores": os.cpu_count()}
+    where = {"processor": processor(), "cores": os.cpu_count()}
+    return {"generation": generation, "seconds": seconds, **where, "reference": run.reference}
 
 
 def facts_lines(facts: Mapping[str, Any]) -> list[str]:
@@ -73,13 +74,19 @@ def results_block(metrics: Mapping[str, float], facts: Mapping[str, Any] | None 
     lines = [markdown_table(table)]
     if "reward/accuracy" in metrics:
         lines.append(f"Reward-model accuracy on held-out policy pairs: {format_mean(metrics, 'reward/accuracy')}.\n")
-    lines.append(
+    base = system_label((facts or {}).get("reference") or "sft")
+    text = (
         "In brackets: 95 % bootstrap intervals. Gold win rate: share of documents on which the judge (which sees the\n"
-        "reference) prefers the system to SFT, a tie counting half. KL: from SFT, over whole sequences.\n"
     )
+    text += f"reference) prefers the system to {base}, a tie counting half."
+    lines.append(text + (f" KL: from {base}, over whole sequences.\n" if _has(metrics, "kl") else "\n"))
     if facts is not None:
         lines.extend(facts_lines(facts))
     return "\n".join(lines)
+
+
+def _has(metrics: Mapping[str, float], measure: str) -> bool:
+    return any(key.endswith(f"/{measure}") for key in metrics)
 
 
 def updated(
