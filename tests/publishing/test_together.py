@@ -95,7 +95,7 @@ def test_two_processes_push_once_and_end(
     assert done.errors.count("error: repo_id=ada/toy-more: the token may not write there (403: quota)") == 1
     assert f"genalign push {tmp_path / 'more'} --repo_id ada/toy-more --private" in done.errors
     assert "Traceback" not in done.errors.split("error: repo_id")[0]
-    assert done.seconds < 60
+    assert done.seconds < 250  # imports take long on a busy machine; a process that waits for ever takes longer
     assert (tmp_path / "more" / "stage.json").is_file()
     hub.faults.clear()
     command = [sys.executable, "-m", "pipelines.cli", "push", str(tmp_path / "more")]
