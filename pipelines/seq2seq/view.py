@@ -73,6 +73,18 @@ class EncoderDecoderView:
         # find it by that name: they rebuild it from the plain class.
         return _rebuild, (self._plain_class,), self.__dict__
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # T5's base model is the model itself, so TRL's head calls the model from within its own forward. Accelerate has
+        # put that forward into one autocast context, which, entered twice, forgets what was before it: autocast would
+        # stay on for all that follows in the process, whatever precision it asks for.
+        if self.__dict__.get("_view_running"):
+            return type(self).forward(self, *args, **kwargs)
+        self.__dict__["_view_running"] = True
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            self.__dict__.pop("_view_running", None)
+
     def get_decoder(self) -> nn.Module:
         """The module that makes the decoder's states; composite models hold a whole language model there."""
         return decoder_trunk(super())

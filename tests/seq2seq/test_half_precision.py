@@ -11,16 +11,12 @@ from tiny_models import save_pairs
 
 from pipelines.seq2seq.dpo_trainer import EncoderDecoderDPOTrainer
 
-# Something of bf16 still outlives these trainers in their process, so they stay out of the default suite's.
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(autouse=True)
-def precision_stays_here(monkeypatch):
-    """Accelerate's state and the Trainer's variable outlive a trainer: what comes after would train in bf16 too."""
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    AcceleratorState._reset_state(reset_partial_state=True)
+def precision_stays_here():
+    """Nothing that comes after is done in bf16 too; Accelerate's own state is for the next trainer to reset."""
     yield
+    assert not torch.is_autocast_enabled("cpu")
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -44,6 +40,7 @@ def test_dpo_begins_at_ln2_and_learns(tiny_t5, rows, tokenizer, tmp_path, cached
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"separate_critic": True}])
 def test_ppos_first_ratio_is_near_one_and_the_reward_rises(tmp_path, options):
     trainer = make_trainer(
