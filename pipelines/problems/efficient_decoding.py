@@ -291,7 +291,7 @@ def _draw(
                 logx=True,
             ),
             caption={
-                "target": "With a cache the cost of a text grows about as its length; anew, the faster the longer it is.",
+                "target": "With a cache the cost grows about as the text's length; anew, the faster the longer it is.",
                 "source": "Encoding the source anew for every token is what a longer source makes dear.",
             }[what],
             title=f"Cost over the {what}'s length",

@@ -35,11 +35,12 @@ class ZerothOrderConfig(ImageExerciseConfig):
     steps: int | None = Field(None, ge=1, description="optimizer steps; null: 2000 on the digits, 4000 on other data")
     batch_size: int = Field(64, ge=1, description="images of a step, drawn with replacement")
     learning_rate: float = Field(5e-4, gt=0, description="of Adam, the same for all methods")
-    entropy: float = Field(
-        0.0,
+    entropy: float | None = Field(
+        None,
         ge=0,
         le=10,
-        description="β of an entropy bonus, E[L] − βH, of all methods but supervision: no label is given up",
+        description="β of an entropy bonus, E[L] − βH, of all methods but supervision: no label is given up; null: 0 "
+        "on the digits, 0.1 on other data",
     )
     samples: int = Field(4, ge=2, le=64, description="labels drawn for an image where a method draws several")
     seeds: int = Field(5, ge=1, le=50, description="trainings of each method, with their own weights and draws")
@@ -50,6 +51,11 @@ class ZerothOrderConfig(ImageExerciseConfig):
     def step_count(self) -> int:
         """Optimizer steps of a training."""
         return self.steps or (2000 if self.embedded else 4000)
+
+    @property
+    def entropy_weight(self) -> float:
+        """β of the entropy bonus."""
+        return self.entropy if self.entropy is not None else 0.0 if self.embedded else 0.1
 
     @property
     def moments(self) -> list[int]:
@@ -101,6 +107,7 @@ def zeroth_order(config: ZerothOrderConfig) -> dict[str, float]:
         steps=config.step_count,
         samples=config.samples,
         batch_size=config.batch_size,
+        entropy=config.entropy_weight,
         **{f"{method}_accuracy": interval.value for method, interval in final.items()},
     )
     _compare(answer, curves, final)

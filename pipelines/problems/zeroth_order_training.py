@@ -125,7 +125,7 @@ def train(method: str, seed: int, images: LabelledSet, config: ZerothOrderConfig
             cross_entropy(logits, images.train.labels[rows]).backward()
         else:
             found = gradient_at_logits(method, logits.detach(), rows, box, baseline, config.samples, draws)
-            logits.backward((found + config.entropy * entropy_gradient(logits.detach())) / len(rows))
+            logits.backward((found + config.entropy_weight * entropy_gradient(logits.detach())) / len(rows))
         optimizer.step()
 
 
