@@ -185,7 +185,7 @@ def _sweeps(answer: Answer, found: Results, config: ContinualLearningConfig) -> 
         Figure(
             "lambdas",
             svg=plots.lines("continual_learning-lambdas", panels, "λ", alt, logx=True),
-            caption="Too small a λ forgets, too large a one learns little new and then diverges; bars: 95 % over seeds.",
+            caption="Too small a λ forgets, too large a one learns little new, then diverges; bars: 95 % over seeds.",
             title="Average accuracy over λ",
         )
     )
