@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from browser import WIDTHS, contrast, measured_in, needs_browser, served
 from markupsafe import Markup
 
@@ -173,3 +174,19 @@ def test_the_order_is_that_of_the_chain_and_failures_are_told(seen: dict[str, di
     assert "1 of 1 do not hold." in text
     assert "✗ E[x_t | x_0]" in text
     assert f"of {len(PAGES)}" in text
+
+
+def test_every_page_has_its_exercise_a_place_in_the_chains_and_a_test(root: Path) -> None:
+    """The tests of the exercises hold each page to its values; ``all`` has what the sets have, no more."""
+    folder = shared_folder("recipes") / "problems"
+    chains = {file.stem: yaml.safe_load(file.read_text())["stages"] for file in folder.glob("*.yaml")}
+    names = {chain: {table["recipe"] for table in stages.values()} for chain, stages in chains.items()}
+    exercises = {f"problems/{page}" for page in PAGES}
+    assert exercises == {f"problems/{file.stem}" for file in folder.glob("*.py")}
+    assert exercises == {name for name in names["all"] if name.startswith("problems/")}
+    sets = [recipes for chain, recipes in names.items() if chain != "all"]
+    assert exercises == {name for recipes in sets for name in recipes if name.startswith("problems/")}
+    tests = [file.read_text() for file in (root / "tests" / "problems").glob("test_*.py")]
+    held = [text for text in tests if "assert_page_is_filled(" in text]
+    for page in PAGES:
+        assert any(f"pipelines.problems.{page} import" in text for text in held), page
