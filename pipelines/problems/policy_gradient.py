@@ -154,9 +154,7 @@ def _gradient(config: PolicyGradientConfig, world: World, model: Any, answer: An
     answer.value(variance=variances[0], variance_mean_baseline=variances[1], variance_best_baseline=variances[2])
     answer.value(mean_reward=pg.mean_reward(*(first[0], first[2]))[0, 0], best_baseline=pg.best_baseline(*first)[0, 0])
     columns = ["baseline", "mean along the gradient", "variance of one sample", "of that without"]
-    caption = (
-        f"The gradient's length is {exact.norm():.4f}: every baseline's mean agrees with it, within its standard error."
-    )
+    caption = f"The gradient's length is {exact.norm():.4f}, and every baseline's mean agrees to four standard errors."
     answer.table("baselines", columns, rows, caption)
     range_of = np.linspace(min(0.0, float(found.x) - 1), max(2 * float(found.x), 1.0), 60)
     _variance_figure(answer, range_of, [pg.total_variance(*first, b) for b in range_of], pg, first)
