@@ -320,7 +320,7 @@ def execute(function: Callable, config: Any, *, recipe: str = "", force: bool = 
 def _execute_together(function: Callable, config: Any, folder: Path, recipe: str, force: bool) -> dict[str, float]:
     from accelerate.utils import broadcast_object_list
 
-    from pipelines.distributed import joined_processes
+    from pipelines.distributed import joined_processes, launched_strategy
 
     state = joined_processes()
     with contextlib.ExitStack() as stack:
@@ -329,6 +329,9 @@ def _execute_together(function: Callable, config: Any, folder: Path, recipe: str
         record: dict[str, Any] = {}
         if state.is_main_process:
             try:
+                problems = config.launch_problems(launched_strategy()) if hasattr(config, "launch_problems") else []
+                if problems:
+                    raise UserError.of(problems)
                 made = None if force else finished(function, config)
                 verdict[1] = made and made["metrics"]
                 if made is None:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from pipelines.config import INERT, StageConfig, config
-from pipelines.distributed import Strategy, launched_strategy, strategy_problems
+from pipelines.distributed import Strategy, strategy_problems
 from pipelines.errors import Problem, UserError
 from pipelines.precision import precision_problems
 from pipelines.publishing.fields import PublishFields
@@ -56,8 +56,11 @@ class LoopConfig(PublishFields, StageConfig):
             mend = f"give a multiple of logging_steps={self.logging_steps}, such as {self.logging_steps * 10}"
             found.append(Problem("save_steps", self.save_steps, "a resumed run would log other averages", mend))
         found += precision_problems(self.precision) + tracker_problems(self.report_to)
-        found += strategy_problems(type(self), launched_strategy())
         return found
+
+    def launch_problems(self, strategy: Strategy) -> list[Problem]:
+        """Why the stage cannot train as its processes were launched."""
+        return strategy_problems(type(self), strategy)
 
 
 def global_batch(config: LoopConfig, examples: int, *, field: str = "dataset", noun: str = "examples") -> int:

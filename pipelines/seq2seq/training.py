@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from pipelines.config import INERT, StageConfig, config
-from pipelines.distributed import launched_strategy
+from pipelines.distributed import Strategy
 from pipelines.errors import Problem, UserError
 from pipelines.stage import CHECKPOINTS
 from pipelines.tracking import LOGS, PROJECT, run_name
@@ -45,9 +45,9 @@ class TrainingConfig(LoopConfig):
         False, description="recompute activations in the backward pass: less memory, more time", json_schema_extra=INERT
     )
 
-    def problems(self) -> list[Problem]:
-        found = super().problems()
-        if self.optimizer == "adafactor" and launched_strategy() != "ddp":
+    def launch_problems(self, strategy: Strategy) -> list[Problem]:
+        found = super().launch_problems(strategy)
+        if not found and self.optimizer == "adafactor" and strategy != "ddp":
             problem = "it keeps the means of whole rows and columns, and weights are in parts"
             found.append(Problem("optimizer", self.optimizer, problem, "give optimizer=adamw, or launch with ddp.yaml"))
         return found
