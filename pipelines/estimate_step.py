@@ -320,9 +320,7 @@ def _build(config: Any, shape: Shape) -> nn.Module:
         from pipelines.seq2seq.actor_critic import ActorCritic
 
         with torch.device("meta"):
-            model = ActorCritic(
-                model, separate_critic=shape.separate_critic, train_encoder=shape.train_encoder and not shape.lora_r
-            )
+            model = ActorCritic(model, separate_critic=shape.separate_critic, train_encoder=shape.train_encoder)
     return model
 
 
