@@ -304,9 +304,9 @@ def pretrain(config: PretrainConfig) -> dict[str, float]:
         ``pretrain/<objective>_loss`` and ``pretrain/<objective>_bits_per_byte`` (of the target's text) and
         ``pretrain/<objective>_passes``; ``pretrain/rouge1``, ``pretrain/rouge2``, ``pretrain/rougeL`` of greedy
         summaries of validation documents; ``pretrain/train_loss``, ``pretrain/steps``, ``pretrain/tokens`` (trained on,
-        source and target), ``pretrain/text_tokens`` (of the packed text), ``pretrain/parameters``. Of a stream there are
-        no passes and no count of its tokens, but ``pretrain/skipped_rows``; of a mixture also each loss on each set's
-        own held-out text (``pretrain/span_<set>_loss`` …).
+        source and target), ``pretrain/text_tokens`` (of the packed text), ``pretrain/parameters``. Of a stream there
+        are no passes and no count of its tokens, but ``pretrain/skipped_rows``; of a mixture also each loss on each
+        set's own held-out text (``pretrain/span_<set>_loss`` …).
 
     Raises:
         UserError: unusable text, model, tokenizer or lengths; less text than a step takes.

@@ -11,8 +11,9 @@ from transformers import T5Config, T5ForConditionalGeneration
 from pipelines.cli import main
 from pipelines.errors import UserError
 from pipelines.estimate import GIB, Launch, estimate_chain, load
+from pipelines.estimate_count import TensorMemory
 from pipelines.estimate_models import KNOWN, empty_model, model_config
-from pipelines.estimate_step import Shape, TensorMemory, cache_bytes, forward_peak, measure, measure_whole
+from pipelines.estimate_step import Shape, cache_bytes, forward_peak, measure, measure_whole
 
 TINY = T5Config(
     vocab_size=500, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0, dropout_rate=0.0
