@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from pipelines.config import INERT, StageConfig, config
-from pipelines.distributed import Strategy, strategy_problems
+from pipelines.distributed import Strategy, launched_strategy, strategy_problems
 from pipelines.errors import Problem, UserError
 from pipelines.precision import precision_problems
 from pipelines.publishing.fields import PublishFields
@@ -115,6 +115,8 @@ def last_checkpoint(config: StageConfig, folder: str = CHECKPOINTS) -> str | Non
     """
     from accelerate import PartialState
 
+    if launched_strategy() != "ddp":
+        return None  # tied weights in parts cannot be read back (torch 2.13): such a run begins afresh
     found: dict[int, Path] = {}
     state = PartialState()
     root = Path(config.output_dir) / folder

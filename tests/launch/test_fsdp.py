@@ -54,7 +54,7 @@ def test_sft_in_parts_ends_with_the_weights_of_the_whole(begun, fsdp, tmp_path):
 
 
 @pytest.mark.slow
-def test_sft_in_parts_goes_on_exactly_where_it_was_killed(begun, fsdp, tmp_path):
+def test_sft_in_parts_begins_afresh_when_it_was_killed(begun, fsdp, tmp_path):
     killed, whole, errors = tmp_path / "killed", tmp_path / "undisturbed", tmp_path / "run.err"
     for folder in (killed, whole):
         shutil.copytree(begun.folder, folder)
