@@ -146,7 +146,7 @@ def test_a_chain_is_estimated_without_data_weights_or_network(capsys):
     assert code == 0
     stages = {each["stage"]: each for each in json.loads(out)}
     assert list(stages) == ["sft", "reward", "ppo", "dpo"]
-    assert stages["sft"]["parameters"] == stages["dpo"]["parameters"] == 1_443_712
+    assert stages["sft"]["parameters"] == stages["dpo"]["parameters"] == 1_443_584
     assert stages["ppo"]["others"].keys() == {"reference", "reward model"}
     assert stages["ppo"]["cache"] > 0
     assert stages["sft"]["steps"] == 4000
@@ -184,7 +184,10 @@ def test_parts_are_cut_as_the_launcher_cuts_them():
         (["demo", "--utilization", "40"], "--utilization=40.0: is no share of the peak; give a number up to 1"),
         (["demo", "--processes", "0"], "--processes=0: is no number of devices"),
         (["demo", "sft.batchsize=3"], "sft.batchsize=3: unknown key"),
-        (["methods", "--processes", "3", "--launcher", "ddp", "grpo.mini_batch_size=64"], "mini_batch_size=64: cannot"),
+        (
+            ["demo", "--device", "cpu", "--processes", "3", "--launcher", "ddp"],
+            "ppo.mini_batch_size=64: cannot be shared",
+        ),
         (["images"], "CONFIG=images: trains nothing that can be estimated"),
     ],
 )
