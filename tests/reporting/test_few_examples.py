@@ -38,8 +38,8 @@ def run(tmp_path):
 def test_each_kind_has_its_curve_and_the_best_baseline_a_line(run):
     section = few_examples(run)
     figure = str(section.body).split("<table")[0]
-    assert "pretrained, then fine-tuned: 27.2 at 100, 34.0 at 17,000" in figure
-    assert "from random weights: 12.0 at 100, 24.5 at 17,000" in figure
+    assert "pretrained: 27.2 at 100, 34.0 at 17,000" in figure
+    assert "from scratch: 12.0 at 100, 24.5 at 17,000" in figure
     assert "The name in words: 25.6" in figure
     assert "20.2" not in figure
 

@@ -15,7 +15,7 @@ from pipelines.reporting.run import Run, Stage
 from pipelines.reporting.tables import BASELINES, Table, html_table, system_label
 
 KINDS = ("sft",)
-PRETRAINED, SCRATCH = "pretrained, then fine-tuned", "from random weights"
+PRETRAINED, SCRATCH = "pretrained", "from scratch"
 
 
 def few_examples(run: Run) -> Section | None:
