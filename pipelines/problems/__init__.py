@@ -1,1 +1,1 @@
-"""The problem set: exercises that compute their answer, check it by an independent route and draw what one should see."""
+"""The problem set: exercises that compute their answer, check it by an independent route and draw it."""

@@ -1,6 +1,7 @@
 """The sections of the report, in the order in which they stand on the page.
 
-Each is a function ``(run) -> Section, sections or None`` in a file of its own; a family adds its functions to ``SECTIONS``.
+Each is a function ``(run) -> Section, sections or None`` in a file of its own; a family adds its functions to
+``SECTIONS``.
 """
 
 from pipelines.reporting.page import SectionWriter
