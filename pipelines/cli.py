@@ -63,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
         "push",
         help="write a stage's card and push what it made to the Hub",
         description="Write a stage's card and push what it made to the Hub, in one commit. What is left out is taken "
-        "from the stage's own fields. A push that broke off is finished by giving it again: what arrived is not sent again.",
+        "from the stage's own fields. A push that broke off is finished by giving it again: what arrived is not sent "
+        "again.",
     )
     push.add_argument("stage_dir", metavar="DIR/STAGE", help="a finished stage's folder")
     push.add_argument("--repo_id", help="owner/name on the Hub; {stage} in it stands for the folder's name")
