@@ -6,6 +6,8 @@ import shutil
 import signal
 import time
 
+import pytest
+
 from tests.chain.conftest import CHAIN, digests
 
 # Where each stage is killed: at the n-th opening for writing of a path that matches.
@@ -50,6 +52,7 @@ def test_training_stages_went_on_from_a_checkpoint(genalign, data, uninterrupted
         shutil.rmtree(run_dir / f".{stage}.partial")
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(genalign, data, uninterrupted, tmp_path):
     run_dir = tmp_path / "run"
     argv = ["run", str(CHAIN), f"dataset={data}", "--output_dir", str(run_dir)]

@@ -90,6 +90,7 @@ def test_a_killed_run_goes_on_exactly(stages, tmp_path):
     assert loaded.discriminator.config.spectral_norm
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(stages, tmp_path):
     words = [*SMALL, "max_steps=6", "save_steps=3", "logging_steps=1", "sample_steps=3", "r1=0.5", "ema_decay=0.9"]
     one, _ = check_two_processes(stages, tmp_path, "images/gan", words, batch_size=32)

@@ -212,4 +212,4 @@ def test_wrong_input_is_one_line(fields, said):
 
 def test_too_few_images_are_one_line(tmp_path):
     with pytest.raises(UserError, match="one step takes 32 images"):
-        continual_learning(small(tmp_path, max_train=20))
+        continual_learning(small(tmp_path, max_train=20, batch_size=32))

@@ -252,7 +252,8 @@ def test_a_large_upload_that_is_cut_sends_the_broken_part_again(hub: Hub, stage:
     hub.part_size = 1_000_000
     content = os.urandom(3_500_000)
     (stage / "model.safetensors").write_bytes(content)
-    hub.faults.append(Fault("/2", cut_after=400_000, method="PUT"))
+    second = f"{hashlib.sha256(content).hexdigest()}/2"
+    hub.faults.append(Fault(second, cut_after=400_000, method="PUT"))
     _push(hub, stage)
     assert hub.files("ada/demo-ppo")["model.safetensors"] == content
     parts = [(r.path.rsplit("/", 1)[1], r.received) for r in hub.requests if r.method == "PUT"]

@@ -22,6 +22,9 @@ from pipelines.seq2seq.known_optimum_training import (
 )
 from pipelines.seq2seq.view import as_view, encode, sequence_log_probs
 
+# What all methods are trained for once, they are trained for in one process.
+pytestmark = pytest.mark.xdist_group("known_optimum")
+
 
 @pytest.fixture(scope="module")
 def task():
