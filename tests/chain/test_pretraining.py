@@ -48,6 +48,7 @@ def recipe(uninterrupted, tmp_path_factory) -> list[str]:
     return ["--recipe", "summarization/pretrain", *data, *WORDS]
 
 
+@pytest.mark.slow
 def test_killed_at_random_steps(genalign, recipe, tmp_path):
     words = [*recipe, "copy_steps=5", "gradient_accumulation=2", "keep=best", "dropout=0.1"]
     code, printed = genalign.run(*words, f"output_dir={tmp_path / 'a' / 'pretrain'}")

@@ -79,6 +79,7 @@ def test_flops_are_those_of_the_products():
     assert cost.flops == pytest.approx(3 * forward, rel=0.02)
 
 
+@pytest.mark.slow
 def test_activations_grow_with_the_batch_and_shrink_when_recomputed():
     sizes = {"source_length": 64, "target_length": 16}
     one, four = (measure(TINY, Shape("sft", n, n, **sizes)) for n in (1, 4))
