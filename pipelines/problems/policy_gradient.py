@@ -12,6 +12,7 @@ from pipelines.config import INERT, Source, config
 from pipelines.errors import Problem
 from pipelines.problems.exercise import Answer, ExerciseConfig, Figure
 from pipelines.problems.stages import finished_stage, stage_problems
+from pipelines.seq2seq.known_optimum import completion_count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,8 +46,7 @@ class PolicyGradientConfig(ExerciseConfig):
     @property
     def completions(self) -> int:
         """How many completions a source has."""
-        others = self.vocabulary - 1
-        return sum(others**size for size in range(self.length)) + others**self.length
+        return completion_count(self.vocabulary, self.length)
 
     def problems(self) -> list[Problem]:
         found = super().problems()
