@@ -157,23 +157,6 @@ def _stage_named(value: Any, chain: Chain) -> str | None:
     return None
 
 
-def _scratch(settings: Any, vocabulary: int) -> Any:
-    from transformers import T5Config
-
-    return T5Config(
-        vocab_size=vocabulary,
-        d_model=settings.d_model,
-        d_kv=settings.d_kv,
-        d_ff=settings.d_ff,
-        num_layers=settings.num_layers,
-        num_decoder_layers=settings.num_decoder_layers or settings.num_layers,
-        num_heads=settings.num_heads,
-        dropout_rate=settings.dropout,
-        feed_forward_proj=settings.feed_forward_proj,
-        decoder_start_token_id=0,
-    )
-
-
 def _vocabulary(settings: Any, chain: Chain, configs: dict[str, Any]) -> int:
     from pipelines.estimate_models import model_config
 
@@ -190,11 +173,12 @@ def _vocabulary(settings: Any, chain: Chain, configs: dict[str, Any]) -> int:
 def _origin(stage: str, chain: Chain, configs: dict[str, Any]) -> _Origin:
     """The model that a stage begins with, back to a name or a size."""
     from pipelines.estimate_models import model_config
+    from pipelines.seq2seq.scratch import t5_config
 
     settings = configs[stage]
     given = settings.model
     if given is None:
-        return _Origin("from scratch", _scratch(settings, _vocabulary(settings, chain, configs)))
+        return _Origin("from scratch", t5_config(settings, _vocabulary(settings, chain, configs)))
     before = _stage_named(given, chain)
     if before is not None:
         return _origin(before, chain, configs)

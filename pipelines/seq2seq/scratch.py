@@ -12,7 +12,7 @@ from pipelines.errors import Problem, UserError, problems_of
 from pipelines.seq2seq.models import check_model, check_tokenizer, model_problems
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, T5Config
 
 
 @config
@@ -51,33 +51,47 @@ class ScratchConfig:
         return found
 
 
+def t5_config(settings: ScratchConfig, vocabulary: int, *, start: int = 0, pad: int = 0, end: int = 1) -> T5Config:
+    """The configuration of a T5 of the size that ``settings`` says; embeddings tied, as in T5.
+
+    Args:
+        settings: a stage's configuration with these fields.
+        vocabulary: tokens.
+        start: id of the decoder's start token.
+        pad: padding id.
+        end: id of the end mark.
+    """
+    from transformers import T5Config
+
+    return T5Config(
+        vocab_size=vocabulary,
+        d_model=settings.d_model,
+        d_kv=settings.d_kv,
+        d_ff=settings.d_ff,
+        num_layers=settings.num_layers,
+        num_decoder_layers=settings.num_decoder_layers or settings.num_layers,
+        num_heads=settings.num_heads,
+        dropout_rate=settings.dropout,
+        feed_forward_proj=settings.feed_forward_proj,
+        initializer_factor=settings.initializer_factor,
+        decoder_start_token_id=start,
+        pad_token_id=pad,
+        eos_token_id=end,
+    )
+
+
 def new_t5(settings: ScratchConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A T5 with random weights of the size that ``settings`` says, drawn from its seed; embeddings tied, as in T5.
+    """A T5 with random weights of the size that ``settings`` says, drawn from its seed.
 
     Args:
         settings: a stage's configuration with these fields and a ``seed``.
         tokenizer: gives the vocabulary and the special tokens.
     """
-    from transformers import T5Config, T5ForConditionalGeneration, set_seed
+    from transformers import T5ForConditionalGeneration, set_seed
 
     set_seed(settings.seed)
-    return T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=len(tokenizer),
-            d_model=settings.d_model,
-            d_kv=settings.d_kv,
-            d_ff=settings.d_ff,
-            num_layers=settings.num_layers,
-            num_decoder_layers=settings.num_decoder_layers or settings.num_layers,
-            num_heads=settings.num_heads,
-            dropout_rate=settings.dropout,
-            feed_forward_proj=settings.feed_forward_proj,
-            initializer_factor=settings.initializer_factor,
-            decoder_start_token_id=tokenizer.pad_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    return T5ForConditionalGeneration(t5_config(settings, len(tokenizer), start=pad, pad=pad, end=end))
 
 
 def load_or_new(settings: ScratchConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
