@@ -2,8 +2,7 @@
 
 Training frees and takes the same megabytes many times a step. The C library gives them back to the system each time by
 default, and the system hands out zeroed pages again at the first touch of each: on a CPU that is a tenth of a step.
-What then remains is the processor's search for the address of each page of 4 KiB: in pages of 2 MiB a step of DPO took
-a 25th less time, a rollout of PPO a 14th.
+What then remains is the processor's search for the address of each page of 4 KiB; in pages of 2 MiB there are fewer.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ def keep_freed_memory() -> bool:
     """
     if not sys.platform.startswith("linux"):
         return False
-    library = ctypes.CDLL(None)
     try:
+        library = ctypes.CDLL(None)
         mallopt = library.mallopt
-    except AttributeError:
+    except (OSError, AttributeError):
         return False
     wanted = (
         (_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD),

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -34,3 +35,27 @@ def test_no_page_is_asked_for_twice():
     (_, without), (done, kept) = ran("leave"), ran("keep")
     assert done is True
     assert kept < 1000 < without / 5
+
+
+HEAP = """
+import ctypes
+from pipelines.memory import keep_freed_memory
+assert keep_freed_memory()
+library = ctypes.CDLL(None)
+library.malloc.restype = ctypes.c_void_p
+middle, flags = library.malloc(20 * 2**20) + 10 * 2**20, None
+for line in open("/proc/self/smaps"):
+    first = line.split()[0]
+    if "-" in first and not first.endswith(":"):
+        begin, end = (int(part, 16) for part in first.split("-"))
+        inside = begin <= middle < end
+    elif first == "VmFlags:" and inside:
+        flags = line.split()[1:]
+print(" ".join(flags))
+"""
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a system without huge pages")
+def test_what_is_taken_next_is_advised_to_lie_in_huge_pages():
+    result = subprocess.run([sys.executable, "-c", HEAP], capture_output=True, text=True, check=True)
+    assert "hg" in result.stdout.split()
