@@ -89,11 +89,15 @@ MEASURES: dict[str, Measure] = {
     "nearest_distance": Measure("Distance to a training image", digits=2),
     "nearest_ratio": Measure("The same / held-out images", digits=2),
     "copies": _percent("Copies"),
-    "bound": Measure("Bound", "nats", digits=1),
+    "bound": Measure("Bound", "nats", digits=2),
     "negative_elbo": Measure("Negative ELBO", "nats", digits=2),
     "importance_weighted": Measure("Importance-weighted bound", "nats", digits=2),
     "reconstruction": Measure("Reconstruction", "nats", digits=2),
     "bits_per_pixel": Measure("Bound", "bits a pixel", digits=3),
+    "parameters": Measure("Parameters", digits=0),
+    "steps": Measure("Steps", digits=0),
+    "train_runtime": Measure("Training", "minutes", digits=1, scale=1 / 60),
+    "seconds_a_sample": Measure("Sampling", "ms an image", digits=2, scale=1000.0),
 }
 
 

@@ -307,13 +307,14 @@ def dots(
         return svg(figure, name, alt)
 
 
-def calibration(name: str, bins: Sequence[dict], alt: str) -> str:
+def calibration(name: str, bins: Sequence[dict], alt: str, *, of: str = "verdict") -> str:
     """Confidence against the share that is right, with intervals, and the diagonal of a calibrated model, as SVG.
 
     Args:
         name: the figure's name.
         bins: ``{"predicted", "observed", "low", "high", "count"}`` each, probabilities in 0-1.
         alt: what the figure shows, in words.
+        of: what the model is confident of, for the axes.
     """
     with matplotlib.rc_context(STYLE):
         figure, (axis,) = new_figure(height=3.0)
@@ -327,6 +328,6 @@ def calibration(name: str, bins: Sequence[dict], alt: str) -> str:
         low = min([*x, *(b["low"] for b in bins), 0.45])
         axis.set_xlim(max(0.0, low - 0.05), 1.02)
         axis.set_ylim(max(0.0, low - 0.05), 1.02)
-        axis.set_xlabel("the model's confidence in its verdict")
-        axis.set_ylabel("share of verdicts that are right")
+        axis.set_xlabel(f"the model's confidence in its {of}")
+        axis.set_ylabel(f"share of {of}s that are right")
         return svg(figure, name, alt)

@@ -1,10 +1,12 @@
-"""Rewrites the results table of a README from a metrics file, so that no figure in it is typed by hand.
+"""Rewrites the results in a document from a file, so that no figure in it is typed by hand.
 
     python -m pipelines.reporting.readme docs/results/demo.json README.md [--check | --run runs/demo]
 
-The table stands between the lines ``<!-- results:begin -->`` and ``<!-- results:end -->``. With ``--run`` the metrics
-file is taken from a run first, and ``*_run.json`` beside it notes how the run generated its summaries, how long each
-stage took, and where.
+The results stand between the lines ``<!-- results:begin -->`` and ``<!-- results:end -->``; a document with several of
+them names each by its file: ``<!-- results:begin prompting -->`` and ``<!-- results:end prompting -->`` for
+``prompting.json``. With ``--run`` the file is taken from a run first (of summarization systems, of a comparison of
+prompts, of image models or of an exercise), and ``*_run.json`` beside it notes how long each stage took, and where; of
+summaries also how they were generated. Several runs of image models, one a seed, each have their own ``--run``.
 """
 
 from __future__ import annotations
@@ -13,137 +15,141 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
 from pipelines.precision import processor
-from pipelines.reporting.metrics import format_mean, read_metrics, write_metrics, write_text
-from pipelines.reporting.run import read_run
-from pipelines.reporting.tables import README_MEASURES, markdown_table, results_table, system_label
+from pipelines.reporting.kept import kept, opened, read_kept, results_block
+from pipelines.reporting.metrics import write_text
+from pipelines.reporting.run import Run
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
-def facts_of(run_dir: Path, stamp: Path) -> dict[str, Any]:
-    """How a run generated its summaries, and the seconds of its stages and of the installation, and the machine.
+def facts_of(runs: Sequence[Run], stamp: Path) -> dict[str, Any]:
+    """The seconds of the stages (of several runs their means), and the machine.
+
+    Where summaries were evaluated, also how they were generated, and the seconds of the installation.
 
     Args:
-        run_dir: a run's folder.
+        runs: at least one; several are runs of the same chain.
         stamp: the file that ``make install`` leaves.
     """
+    facts: dict[str, Any] = {}
     seconds = {}
-    if stamp.is_file() and stamp.read_text(encoding="utf-8").strip().isdigit():
-        seconds["installation"] = float(stamp.read_text(encoding="utf-8"))
-    run = read_run(run_dir)
-    seconds |= {stage.name: stage.record["duration_seconds"] for stage in run.stages if stage.finished}
-    generation: dict[str, Any] = {}
-    for stage in run.of_kind("evaluate"):
-        generation |= stage.json("settings.json") or {}
-    where = {"processor": processor(), "cores": os.cpu_count()}
-    return {"generation": generation, "seconds": seconds, **where, "reference": run.reference}
+    first = runs[0]
+    if evaluations := first.of_kind("evaluate"):
+        facts["generation"] = {}
+        for stage in evaluations:
+            facts["generation"] |= stage.json("settings.json") or {}
+        if stamp.is_file() and stamp.read_text(encoding="utf-8").strip().isdigit():
+            seconds["installation"] = float(stamp.read_text(encoding="utf-8"))
+    for stages in zip(*(run.stages for run in runs), strict=True):
+        if all(stage.finished for stage in stages):
+            taken = [stage.record["duration_seconds"] for stage in stages]
+            seconds[stages[0].name] = round(sum(taken) / len(taken), 1)
+    facts |= {"seconds": seconds, "processor": processor(), "cores": os.cpu_count()}
+    if evaluations:
+        facts["reference"] = first.reference
+    return facts | ({"runs": len(runs)} if len(runs) > 1 else {})
 
 
 def facts_lines(facts: Mapping[str, Any]) -> list[str]:
     """The generation settings (of each system, where they differ) and the minutes of each stage, a sentence each."""
     by_settings: dict[str, list[str]] = {}
-    for name, settings in facts["generation"].items():
+    for name, settings in facts.get("generation", {}).items():
         shown = ", ".join(f"{key} {json.dumps(value)}" for key, value in settings.items())
         by_settings.setdefault(shown, []).append(name)
     lines = [f"Generation of {', '.join(names)}: {shown}.\n" for shown, names in by_settings.items()]
-    parts = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in facts["seconds"].items())
-    total, where = sum(facts["seconds"].values()) / 60, f"{facts['cores']} cores ({facts['processor']})"
-    return [*lines, f"What it took, in minutes, on {where}: {total:.1f} in all; {parts}.\n"]
+    seconds = facts["seconds"]
+    minutes = [f"{name} {taken / 60:.1f}" for name, taken in seconds.items()]
+    total, where = sum(seconds.values()) / 60, f"{facts['cores']} cores ({facts['processor']})"
+    what = f"What a run took, in minutes (mean of {facts['runs']})" if "runs" in facts else "What it took, in minutes"
+    shown = f"{total:.1f} in all; {', '.join(minutes)}" if len(minutes) > 1 else f"{total:.1f}"
+    return [*lines, f"{what}, on {where}: {shown}.\n"]
 
 
-def results_block(metrics: Mapping[str, float], facts: Mapping[str, Any] | None = None) -> str:
-    """The Markdown between the marks: the table of systems, the reward model's accuracy, and the facts of the run.
-
-    Raises:
-        UserError: if no system was measured.
-    """
-    table = results_table(metrics, measures=README_MEASURES)
-    if table is None:
-        raise UserError(
-            "metrics",
-            f"{len(metrics)} keys",
-            "no system was evaluated",
-            "give the metrics.json of a run with its evaluation",
-        )
-    lines = [markdown_table(table)]
-    if "reward/accuracy" in metrics:
-        lines.append(f"Reward-model accuracy on held-out policy pairs: {format_mean(metrics, 'reward/accuracy')}.\n")
-    base = system_label((facts or {}).get("reference") or "sft")
-    text = (
-        "In brackets: 95 % bootstrap intervals. Gold win rate: share of documents on which the judge (which sees the\n"
-    )
-    text += f"reference) prefers the system to {base}, a tie counting half."
-    lines.append(text + (f" KL: from {base}, over whole sequences.\n" if _has(metrics, "kl") else "\n"))
-    if facts is not None:
-        lines.extend(facts_lines(facts))
-    return "\n".join(lines)
+def marks(text: str, name: str) -> tuple[str, str]:
+    """The lines between which the results of ``name`` stand in a document: named ones where it has them."""
+    named = f"<!-- results:begin {name} -->", f"<!-- results:end {name} -->"
+    return named if any(mark in text for mark in named) else (BEGIN, END)
 
 
-def _has(metrics: Mapping[str, float], measure: str) -> bool:
-    return any(key.endswith(f"/{measure}") for key in metrics)
+def updated(text: str, name: str, block: str, where: str = "README.md") -> str:
+    """A document's text with its results rewritten.
 
-
-def updated(
-    readme: str, metrics: Mapping[str, float], name: str = "README.md", facts: Mapping[str, Any] | None = None
-) -> str:
-    """The README's text with its block rewritten.
+    Args:
+        text: the document.
+        name: that of the results, by which its marks may go.
+        block: what shall stand between them.
+        where: what the document is called.
 
     Raises:
-        UserError: if the marks are missing, repeated or in the wrong order, or no system was measured.
+        UserError: if the marks are missing, repeated or in the wrong order.
     """
-    for mark in (BEGIN, END):
-        if readme.count(mark) != 1:
-            raise UserError("README", name, f"{mark} stands {readme.count(mark)} times in it", "put each mark in once")
-    before, rest = readme.split(BEGIN)
-    if END not in rest:
-        raise UserError("README", name, f"{END} stands before {BEGIN}", "put them in order")
-    after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n\n{results_block(metrics, facts)}\n{END}{after}"
+    begin, end = marks(text, name)
+    for mark in (begin, end):
+        if text.count(mark) != 1:
+            mend = f"put each mark in once; one of several results is named: <!-- results:begin {name} -->"
+            raise UserError("document", where, f"{mark} stands {text.count(mark)} times in it", mend)
+    before, rest = text.split(begin)
+    if end not in rest:
+        raise UserError("document", where, f"{end} stands before {begin}", "put them in order")
+    return f"{before}{begin}\n\n{block}\n{end}{rest.split(end)[1]}"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; 0 when the README is up to date, 1 when ``--check`` finds it stale, 2 for a mistake."""
+    """The command line; 0 when the document is up to date, 1 when ``--check`` finds it stale, 2 for a mistake."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.reporting.readme", description=__doc__.splitlines()[0])
-    parser.add_argument("metrics", type=Path, help="a metrics.json")
-    parser.add_argument("readme", type=Path, help="the README with the two marks")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 when the table is stale")
+    parser.add_argument("results", type=Path, help="the file of the results, such as docs/results/demo.json")
+    parser.add_argument("document", type=Path, help="the document with the two marks")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 when the results are stale")
     parser.add_argument(
-        "--run", type=Path, metavar="DIR", help="first take the metrics, settings and times of this run"
+        "--run",
+        type=Path,
+        metavar="DIR",
+        action="append",
+        help="first take the results and times of this run; several times for runs of image models that differ in seed",
     )
     options = parser.parse_args(arguments)
-    facts_file = options.metrics.with_name(f"{options.metrics.stem}_run.json")
+    if options.check and options.run:
+        parser.error("--check writes nothing, --run writes the file: give one of them")
+    facts_file = options.results.with_name(f"{options.results.stem}_run.json")
+    written = {}
     try:
-        if options.run is not None:
-            options.metrics.parent.mkdir(parents=True, exist_ok=True)
-            write_metrics(options.metrics, read_metrics(options.run / "metrics.json"))
-            write_text(facts_file, json.dumps(facts_of(options.run, Path(".venv/.installed")), indent=1) + "\n")
-        metrics = read_metrics(options.metrics)
-        facts = json.loads(facts_file.read_text(encoding="utf-8")) if facts_file.is_file() else None
+        if options.run:
+            runs = [opened(folder) for folder in options.run]
+            content, facts = kept(runs), facts_of(runs, Path(".venv/.installed"))
+            written = {options.results: content, facts_file: facts}
+        else:
+            content = read_kept(options.results)
+            facts = read_kept(facts_file) if facts_file.is_file() else {}
+        block = "\n".join(
+            [results_block(content, facts.get("reference") or "sft"), *(facts_lines(facts) if facts else [])]
+        )
         try:
-            old = options.readme.read_text(encoding="utf-8")
+            old = options.document.read_text(encoding="utf-8")
         except OSError as error:
             raise UserError(
-                "README", str(options.readme), f"cannot be read ({error.strerror})", "check the path"
+                "document", str(options.document), f"cannot be read ({error.strerror})", "check the path"
             ) from None
-        new = updated(old, metrics, str(options.readme), facts)
+        new = updated(old, options.results.stem, block, str(options.document))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    for path, value in written.items():
+        write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
     if new == old:
         return 0
     if options.check:
         print(
-            f"{options.readme}: its results are not those of {options.metrics}; run this without --check",
+            f"{options.document}: its results are not those of {options.results}; run this without --check",
             file=sys.stderr,
         )
         return 1
-    write_text(options.readme, new)
+    write_text(options.document, new)
     return 0
 
 

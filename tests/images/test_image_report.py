@@ -70,7 +70,7 @@ def test_the_table_has_every_model_and_measure(run):
     assert header == [*columns, "Seconds a sample"]
     assert [row[0] for row in cells[1:]] == ["DDPM", "VAE", "GAN", "Training images"]
     assert cells[1] == ["DDPM", "1.50", "70.0<small>65.0–75.0</small>", "50.0", "–", "–", "0.012"]
-    assert cells[2][5:] == ["91.2<small>± 0.3</small>", "1e-05"]
+    assert cells[2][5:] == ["91.25<small>± 0.31</small>", "1e-05"]
     assert cells[4][-1] == "–"
     assert "<dt>VAE, Fréchet distance</dt><dd>2.50</dd>" in write_report(run).read_text()
     assert "1000 samples of each model against 449 held-out images, in black and white" in text

@@ -196,3 +196,56 @@ def write_run(folder: Path, *, rollouts: int = 150, examples: int = 60, hostile:
     settings = {"decoding": "beam search", "num_beams": 4, "max_new_tokens": 48, "length_penalty": 1.0}
     write(folder / "evaluate" / "settings.json", dict.fromkeys(("sft", "ppo", "dpo"), settings))
     return folder
+
+
+def write_comparison(folder: Path, name: str = "prompting", metric: str = "accuracy") -> Path:
+    """Writes a finished run that compared written with learnt prompts and returns its folder."""
+    scale = 1 if metric == "accuracy" else 100
+    points = [
+        point(0, shots, scale * value, "hard", f"few_shot_{shots}") | {"best": shots == 9}
+        for shots, value in ((0, 0.2), (9, 0.5))
+    ]
+    for label, trained, value in (("prompt_tuning", 6912, 0.8), ("full", 1_062_528, 0.9)):
+        gain = [scale * (value - 0.5 + shift) for shift in (0, -0.06, 0.06)]
+        learnt = point(trained, 852, scale * value, "learnt", label)
+        points.append(learnt | {"gain": gain, "whole": True})
+    comparison = {"metric": metric, "task": "words", "examples": 1315, "best": "few_shot_9", "points": points}
+    for stage, seconds in (("full", 90.0), ("compare", 30.0)):
+        write_stage(folder, stage, {}, recipe=f"prompting/{stage}", duration_seconds=seconds)
+    write(folder / "compare" / "comparison.json", comparison)
+    write(folder / "run.json", {"name": name, "stages": ["full", "compare"]})
+    write(folder / "metrics.json", {"compare/examples": 1315})
+    return folder
+
+
+def point(trained: int, examples: int, value: float, kind: str, label: str) -> dict:
+    seeds = [value * share for share in (0.98, 1.0, 1.02)]
+    entry = {"trained": trained, "examples": examples, "value": value, "low": 0.9 * value, "high": 1.1 * value}
+    return entry | {"seeds": seeds, "kind": kind, "label": label}
+
+
+def write_images(folder: Path, seed: int, steps: int = 2000) -> Path:
+    """Writes a finished run of two image models, trained and measured with a seed, and returns its folder."""
+    rng = random.Random(seed)
+    metrics = {"vae/steps": steps, "bitflip/steps": steps, "bitflip/reconstruction": 0.39, "bitflip/bound": 78.5}
+    metrics |= {"measure/test_examples": 10000, "vae/bound": 82 + rng.random()}
+    metrics |= mean("vae/negative_elbo", 86 + rng.random(), 0.5) | mean("vae/kl", 25 + rng.random(), 0.1)
+    metrics |= mean("vae/reconstruction", 61 + rng.random(), 0.5)
+    for system in ("vae", "bitflip", "training_images"):
+        metrics |= {f"{system}/frechet_distance": 10 * rng.random()} | mean(f"{system}/precision", rng.random(), 0.01)
+    for name in ("vae", "bitflip"):
+        config = {"output_dir": str(folder / name), "seed": seed, "max_steps": steps}
+        record = {"recipe": f"images/{name}", "seed": seed, "config": config, "fingerprint": f"{name}{seed}{steps}"}
+        write_stage(folder, name, {}, **record, duration_seconds=60.0 * (seed + 1))
+        write(
+            folder / name / "timing.json", [{"step": 1, "train_runtime": 1.0}, {"step": steps, "train_runtime": 90.0}]
+        )
+    systems = {name: str(folder / name) for name in ("vae", "bitflip")}
+    record = {"recipe": "images/measure", "seed": seed, "config": {"seed": seed, "samples": 1000, "systems": systems}}
+    write_stage(folder, "measure", {}, **record, fingerprint=f"measure{seed}{steps}")
+    settings = {"binarize": "bernoulli", "samples": 1000, "neighbours": 3, "families": {s: s for s in systems}}
+    write(folder / "measure" / "settings.json", settings)
+    write(folder / "measure" / "timing.json", {"seconds_a_sample": {"vae": 1.7e-5, "bitflip": 0.0036}})
+    write(folder / "run.json", {"name": "mnist", "stages": ["vae", "bitflip", "measure"]})
+    write(folder / "metrics.json", metrics)
+    return folder

@@ -22,6 +22,7 @@ from pipelines.reporting.metrics import (
     write_metrics,
     write_text,
 )
+from pipelines.reporting.run import read_run
 from pipelines.reporting.tables import (
     Cell,
     Table,
@@ -236,7 +237,7 @@ def test_settings_and_times_of_a_run_stand_under_the_table(
     (run_dir / "run.json").write_text(json.dumps({"name": "demo", "stages": ["sft", "evaluate"]}))
     (run_dir / "metrics.json").write_text(Path(files[0]).read_text())
     (tmp_path / "stamp").write_text("90\n")
-    facts = readme.facts_of(run_dir, tmp_path / "stamp")
+    facts = readme.facts_of([read_run(run_dir)], tmp_path / "stamp")
     assert facts["seconds"] == {"installation": 90.0, "sft": 120.0, "evaluate": 60.0}
     assert readme.facts_lines(facts)[:2] == [
         "Generation of sft, ppo: num_beams 1.\n",

@@ -67,18 +67,27 @@ def _table(stage: Stage, systems: Sequence[str], seconds: Mapping[str, float]) -
     return html_table(Table([*table.columns, "Seconds a sample"], rows), "Image models compared")
 
 
-def _explained(stage: Stage, settings: Mapping) -> Markup:
-    count, held_out = settings["samples"], stage.metrics.get("measure/test_examples", 0)
-    texts = [
-        f"{show(count)} samples of each model against {show(int(held_out))} held-out images, "
+def explained(settings: Mapping, held_out: float) -> list[str]:
+    """What the numbers of a comparison are, a sentence each.
+
+    Args:
+        settings: the stage's ``settings.json``.
+        held_out: how many held-out images it compared with.
+    """
+    return [
+        f"{show(settings['samples'])} samples of each model against {show(int(held_out))} held-out images, "
         f"{_REPRESENTATIONS[settings['binarize']]}.",
         "Training images: real ones measured as though they were samples, what a perfect model would come near to.",
         "Distance to the nearest training image: the median over samples, for one of held-out images; well below 1, "
         "or copies (nearer than 99 % of held-out images are) well above 1 %, are signs of memorization.",
-        "Bounds: on the negative log-likelihood of an image; only models of the same binary images compare.",
+        "Bounds: on the negative log-likelihood of an image (of a VAE the importance-weighted one); only models of the "
+        "same binary images compare.",
     ]
+
+
+def _explained(stage: Stage, settings: Mapping) -> Markup:
     small = "Small print: 95 % bootstrap intervals over samples, or standard errors over seeds (±)."
-    return paragraph(" ".join([*texts, small]), "note")
+    return paragraph(" ".join([*explained(settings, stage.metrics.get("measure/test_examples", 0)), small]), "note")
 
 
 def _figure(stage: Stage, systems: Sequence[str], seconds: Mapping[str, float]) -> list[Markup]:

@@ -54,11 +54,16 @@ def _blocks(stage: Stage, found: Mapping) -> dict[tuple[str, str], Markup]:
             content = prefixed(path.read_text(encoding="utf-8"), f"exercise-{anchor(stage.name)}")
         blocks["figure", name] = figure(content, entry["caption"], entry["title"])
     for name, entry in found["tables"].items():
-        cells = [[cell if isinstance(cell, str) else number_text(cell) for cell in row] for row in entry["rows"]]
-        numeric = all(len(cell) <= _LONG for row in cells for cell in row[1:])
-        parts = [html_table(Table(entry["columns"], cells, numeric=numeric), entry["caption"] or name)]
+        parts = [html_table(exercise_table(entry), entry["caption"] or name)]
         blocks["table", name] = join([*parts, *([paragraph(entry["caption"], "note")] if entry["caption"] else [])])
     return blocks
+
+
+def exercise_table(entry: Mapping) -> Table:
+    """A table of ``exercise.json`` (its ``columns`` and ``rows``), numbers written as one reads them."""
+    cells = [[cell if isinstance(cell, str) else number_text(cell) for cell in row] for row in entry["rows"]]
+    numeric = all(len(cell) <= _LONG for row in cells for cell in row[1:])
+    return Table(entry["columns"], cells, numeric=numeric)
 
 
 def _checks(stage: Stage, checks: Sequence[Mapping]) -> Iterator[Markup]:

@@ -154,7 +154,8 @@ def _calibrations(stage: Stage, trials: Sequence[Mapping[str, Any]]) -> list[Mar
         title = f"{trial['model']}: {trial['strategy'].replace('_', ' ')}"
         shown = "; ".join(f"{b['predicted']:.2f}: {b['observed']:.2f}" for b in trial["curve"])
         name = f"sure-{anchor(stage.name)}-{anchor(trial['model'])}-{anchor(trial['strategy'])}"
-        svg = plots.calibration(name, trial["curve"], f"Confidence against the share that is right: {shown}")
+        alt = f"Confidence against the share that is right: {shown}"
+        svg = plots.calibration(name, trial["curve"], alt, of="answer")
         caption = (
             "On the dashed line confidence is honest; below it, too high. Larger dots: more questions; bars: 95 %."
         )

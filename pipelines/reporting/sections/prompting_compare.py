@@ -16,6 +16,7 @@ from pipelines.reporting.run import Run, anchor
 from pipelines.reporting.tables import Cell, Table, html_table
 
 KINDS = ("compare",)
+CHOSEN = "The best written prompt was chosen on these very examples, in its favour."
 _MARKERS = "osD"
 _SHOWN = {
     "accuracy": ("Right, %", Measure("", digits=1, scale=100.0), Measure("", digits=1, scale=100.0, signed=True)),
@@ -37,7 +38,7 @@ def prompting_compare(run: Run) -> Section | None:
     if not parts:
         return None
     lead = (
-        "On the same held-out examples. The best written prompt was chosen on these very examples, in its favour. "
+        f"On the same held-out examples. {CHOSEN} "
         "Small print: 95 % intervals over seeds and examples; the seeds' own means beside them."
     )
     return Section("prompting-compare", "Written and learnt prompts", join(parts), lead, frozenset(shown))

@@ -1,0 +1,212 @@
+"""What is kept of finished runs for the documents, and the blocks that are made of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import statistics
+from pathlib import Path
+
+import pytest
+import synthetic
+
+from pipelines.problems.exercise import Answer, ExerciseConfig
+from pipelines.reporting import readme
+from pipelines.reporting.kept import over_seeds
+from pipelines.reporting.metrics import is_interval_key
+
+UNNAMED = {"README.md": "demo", "docs/pretraining.md": "scratch_vs_finetuned"}
+"""The documents with one block that goes without a name, and the file that it is made of."""
+
+
+def document(folder: Path, *names: str) -> Path:
+    path = folder / "page.md"
+    blocks = [f"<!-- results:begin {name} -->\nold\n<!-- results:end {name} -->" for name in names]
+    path.write_text("\n\n".join(["# Page", *blocks, "end\n"]) if names else f"{readme.BEGIN}\n{readme.END}\n")
+    return path
+
+
+def block(path: Path, name: str) -> str:
+    return path.read_text().split(f"<!-- results:begin {name} -->")[1].split(f"<!-- results:end {name} -->")[0]
+
+
+def cells(text: str, first: str) -> list[str]:
+    """The cells of the table row that begins with a text."""
+    (row,) = [line for line in text.splitlines() if line.startswith(f"| {first} |")]
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_every_documents_results_are_those_of_its_file(root: Path) -> None:
+    found = []
+    for path in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
+        relative = str(path.relative_to(root))
+        for name in re.findall(r"^<!-- results:begin ?(\w*) -->$", path.read_text(encoding="utf-8"), flags=re.M):
+            name = name or UNNAMED[relative]
+            found.append(name)
+            assert readme.main([str(root / "docs" / "results" / f"{name}.json"), str(path), "--check"]) == 0, relative
+    kept = [path.name.removesuffix("_run.json") for path in (root / "docs" / "results").glob("*_run.json")]
+    assert sorted(found) == sorted(kept)  # each stands somewhere, and once
+
+
+def test_one_document_holds_the_results_of_several_runs(tmp_path: Path) -> None:
+    page = document(tmp_path, "words", "summaries")
+    words, summaries = (str(tmp_path / f"{name}.json") for name in ("words", "summaries"))
+    run = synthetic.write_comparison(tmp_path / "a")
+    assert readme.main([words, str(page), "--run", str(run)]) == 0
+    assert block(page, "summaries") == "\nold\n"
+    first = block(page, "words")
+    run = synthetic.write_comparison(tmp_path / "b", metric="rouge1")
+    assert readme.main([summaries, str(page), "--run", str(run)]) == 0
+    assert block(page, "words") == first
+    assert "ROUGE-1" in block(page, "summaries")
+    for file in (words, summaries):
+        assert readme.main([file, str(page), "--check"]) == 0
+    page.write_text(page.read_text().replace("| 18.", "| 19.").replace("| 20.", "| 21."))
+    for file in (words, summaries):
+        assert readme.main([file, str(page), "--check"]) == 1
+
+
+def test_a_comparison_of_prompts(tmp_path: Path) -> None:
+    run, page = synthetic.write_comparison(tmp_path / "run"), document(tmp_path)
+    file = tmp_path / "prompting.json"
+    assert readme.main([str(file), str(page), "--run", str(run)]) == 0
+    assert json.loads(file.read_text()) == json.loads((run / "compare" / "comparison.json").read_text())
+    text = page.read_text()
+    assert cells(text, "few shot 9 (the best)")[2:4] == ["9", "50.0 (45.0–55.0)"]
+    assert cells(text, "full")[1:] == [
+        "1,062,528",
+        "852",
+        "90.0 (81.0–99.0)",
+        "+40.0 (+34.0 to +46.0)",
+        "88.2, 90.0, 91.8",
+    ]
+    assert "All on the same 1,315 held-out examples." in text
+    assert "resample seeds and examples" in text
+    assert "2.0 in all; full 1.5, compare 0.5." in text
+    assert "installation" not in text
+
+
+def test_means_and_standard_errors_over_seeds() -> None:
+    runs = [{"a/x": 1.0, "b/x": 5.0}, {"a/x": 2.0, "b/x": 5.0}, {"a/x": 6.0, "b/x": 5.0, "c/x": 1.0}]
+    found = over_seeds(runs)
+    assert found == pytest.approx(
+        {"a/x": 3.0, "a/x_se": statistics.stdev([1, 2, 6]) / 3**0.5, "b/x": 5.0, "b/x_se": 0.0}
+    )
+    assert over_seeds(runs[:1]) == runs[0]
+
+
+def test_runs_of_image_models_one_a_seed(tmp_path: Path) -> None:
+    runs = [synthetic.write_images(tmp_path / f"s{seed}", seed) for seed in range(3)]
+    file, page = tmp_path / "mnist.json", document(tmp_path, "mnist")
+    assert readme.main([str(file), str(page), *(word for run in runs for word in ("--run", str(run)))]) == 0
+    kept = json.loads(file.read_text())["runs"]
+    assert [entry["seed"] for entry in kept] == [0, 1, 2]
+    for run, entry in zip(runs, kept, strict=True):
+        measured = json.loads((run / "metrics.json").read_text())
+        assert {k: entry["metrics"][k] for k in measured if not is_interval_key(k)} == {
+            k: v for k, v in measured.items() if not is_interval_key(k)
+        }
+    text = block(page, "mnist")
+    samples, bounds = text.split("| System | Bound")
+    for key, places, shown in (
+        ("vae/frechet_distance", 2, cells(samples, "VAE")[1]),
+        ("vae/negative_elbo", 2, cells(bounds, "VAE")[2]),
+        ("vae/kl", 2, cells(bounds, "VAE")[3]),
+    ):
+        values = [entry["metrics"][key] for entry in kept]
+        error = statistics.stdev(values) / 3**0.5
+        assert shown == f"{statistics.mean(values):.{places}f} (± {error:.{places}f})"
+    assert cells(bounds, "VAE")[5:] == ["2,000", "1.5 (± 0.0)", "0.02 (± 0.00)"]
+    # the reconstruction of bit-flip diffusion is another thing than a VAE's
+    assert cells(bounds, "Bit-flip diffusion")[1:5] == ["78.50 (± 0.00)", "–", "–", "–"]
+    assert "Training images" in samples
+    assert "Means over 3 seeds (0, 1, 2), ± standard error over the seeds." in text
+    assert "What a run took, in minutes (mean of 3)" in text
+    assert "vae 2.0, bitflip 2.0" in text
+    assert readme.main([str(file), str(page), "--check"]) == 0
+
+
+def test_one_seed_is_told_and_has_no_error(tmp_path: Path) -> None:
+    run, page = synthetic.write_images(tmp_path / "run", 4), document(tmp_path, "mnist")
+    assert readme.main([str(tmp_path / "mnist.json"), str(page), "--run", str(run)]) == 0
+    text = block(page, "mnist")
+    assert "±" not in text
+    assert "One seed (4)" in text
+
+
+def exercise(folder: Path, seeds: int, found: float = 1.0) -> Path:
+    folder.mkdir()
+    answer = Answer(ExerciseConfig(output_dir=str(folder)), "zeroth_order", "0th order")
+    answer.value(train_images=60000, test_images=10000, seeds=seeds, none_accuracy=0.9)
+    answer.table("methods", ["trained by", "accuracy"], [["supervised", "0.978 (0.973–0.983)"]], "Medians.")
+    answer.table("scatter", ["step", "variance"], [[0, 1.0]])
+    answer.check("one is one", found, 1.0, 0.0, "by hand")
+    metrics = answer.write() | synthetic.mean("zeroth_order/none_accuracy", 0.9, 0.02)
+    synthetic.write_stage(folder.parent, folder.name, metrics, recipe="problems/zeroth_order", duration_seconds=120.0)
+    return folder
+
+
+def test_an_exercise_that_was_run_by_itself(tmp_path: Path) -> None:
+    folder, page = exercise(tmp_path / "out", 3), document(tmp_path, "zeroth_order")
+    file = tmp_path / "zeroth_order.json"
+    assert readme.main([str(file), str(page), "--run", str(folder)]) == 0
+    assert json.loads(file.read_text())["metrics"]["zeroth_order/none_accuracy_ci_low"] == pytest.approx(0.88)
+    text = block(page, "zeroth_order")
+    assert cells(text, "supervised") == ["supervised", "0.978 (0.973–0.983)"]
+    assert "variance" not in text  # not one of its headlines
+    assert "60,000 training images, 10,000 test images, 3 seeds. In brackets: Student's 95 % intervals" in text
+    assert "All 1 checks hold." in text
+    assert text.rstrip().endswith("): 2.0.")
+    assert readme.main([str(file), str(page), "--check"]) == 0
+
+
+def test_one_seed_of_an_exercise_and_a_check_that_fails_are_told(tmp_path: Path) -> None:
+    folder, page = exercise(tmp_path / "out", 1, found=2.0), document(tmp_path, "zeroth_order")
+    assert readme.main([str(tmp_path / "zeroth_order.json"), str(page), "--run", str(folder)]) == 0
+    text = block(page, "zeroth_order")
+    assert "With one seed how much another would change is not known." in text
+    assert "1 of 1 checked statements do not hold." in text
+
+
+def two_comparisons(folder: Path) -> list[Path]:
+    run = synthetic.write_comparison(folder / "run")
+    shutil.copytree(run / "compare", run / "again")
+    synthetic.write(run / "run.json", {"name": "x", "stages": ["full", "compare", "again"]})
+    return [run]
+
+
+def unmeasured(folder: Path) -> list[Path]:
+    runs = [synthetic.write_images(folder / f"s{seed}", seed) for seed in range(2)]
+    shutil.rmtree(runs[1] / "measure")
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (lambda at: [synthetic.write_images(at / name, 0) for name in "ab"], "b: is the same as another one"),
+        (lambda at: [synthetic.write_images(at / f"s{n}", n, 100 * n + 100) for n in (0, 1)], "vae.max_steps is 200"),
+        (unmeasured, "s1: has measured no image models"),
+        (lambda at: [synthetic.write_comparison(at / name) for name in "ab"], "a: has measured no image models"),
+        (two_comparisons, "holds compare and again, two of a kind"),
+        (lambda at: [at / "none"], "no such folder"),
+    ],
+)
+def test_what_makes_no_table_is_one_line(made, said: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    page = document(tmp_path, "x")
+    before = page.read_text()
+    words = [word for run in made(tmp_path) for word in ("--run", str(run))]
+    assert readme.main([str(tmp_path / "x.json"), str(page), *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert page.read_text() == before
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_a_document_without_the_marks_leaves_no_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    page, run = document(tmp_path, "other"), synthetic.write_comparison(tmp_path / "run")
+    assert readme.main([str(tmp_path / "words.json"), str(page), "--run", str(run)]) == 2
+    assert "<!-- results:begin words -->" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.json"))
