@@ -37,18 +37,29 @@ class Problem:
 
 
 class UserError(Exception):
-    """One mistake of the user's, shown as one line; the command line turns it into exit code 2."""
+    """One mistake of the user's, shown as one line; the command line turns it into exit code 2.
+
+    Attributes:
+        problems: what is wrong, a line each.
+        shared: every process of the run has this very error, and the first one says it for all.
+    """
 
     def __init__(self, what: str, value: object, problem: str, mend: str):
         self.problems = [Problem(what, value, problem, mend)]
-        super().__init__(str(self.problems[0]))
+        self.shared = False
+        # The value is put into words when it is shown: a place in a file may have its lines to count.
+        super().__init__(what, value, problem, mend)
 
     def __str__(self) -> str:
         return "\n".join(str(p) for p in self.problems)
 
     @classmethod
-    def of(cls, problems: list[Problem]) -> UserError:
+    def of(cls, problems: list[Problem], *, shared: bool = False) -> UserError:
         """The error that shows several problems, one line each.
+
+        Args:
+            problems: at least one.
+            shared: every process of the run raises it.
 
         Raises:
             ValueError: if ``problems`` is empty.
@@ -57,8 +68,7 @@ class UserError(Exception):
             raise ValueError("an error needs at least one problem")
         first = problems[0]
         error = cls(first.what, first.value, first.problem, first.mend)
-        error.problems = list(problems)
-        error.args = (str(error),)
+        error.problems, error.shared = list(problems), shared
         return error
 
 

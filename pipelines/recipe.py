@@ -146,7 +146,12 @@ def guarded(action: Callable[[], None]) -> int:
         if rank:
             # What all processes find, the first one says, and the launcher ends the others at the first exit: so the
             # others wait for that, and speak only if theirs was a mistake of their own.
-            time.sleep(_PATIENCE)
+            try:
+                time.sleep(_PATIENCE)
+            except KeyboardInterrupt:
+                return EXIT_USER_ERROR
+            if error.shared:
+                return EXIT_USER_ERROR
         for problem in error.problems:
             print(f"error: {problem}" + f" (process {rank})" * (rank > 0), file=sys.stderr, flush=True)
         return EXIT_USER_ERROR

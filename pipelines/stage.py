@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 
 import pipelines
 from pipelines.config import as_plain, fields_of, glob_files, sources
-from pipelines.errors import Problem, UserError
+from pipelines.errors import UserError
 from pipelines.memory import keep_freed_memory
 from pipelines.precision import choose_precision
 from pipelines.tracking import tracked
@@ -324,7 +324,7 @@ def _execute_together(function: Callable, config: Any, folder: Path, recipe: str
 
     state = joined_processes()
     with contextlib.ExitStack() as stack:
-        # [error, metrics of a finished stage, precision]: what the main process found, so that all go the same way.
+        # [problems, metrics of a finished stage, precision]: what the main process found, so that all go the same way.
         verdict: list[Any] = [None, None, None]
         record: dict[str, Any] = {}
         if state.is_main_process:
@@ -336,13 +336,13 @@ def _execute_together(function: Callable, config: Any, folder: Path, recipe: str
                 verdict[1] = made and made["metrics"]
                 if made is None:
                     _, record = stack.enter_context(_prepared(function, config, folder, recipe, force))
-                if getattr(config, "precision", None) == "auto":
-                    verdict[2] = choose_precision()  # two machines might measure and choose differently
+                    if getattr(config, "precision", None) == "auto":
+                        verdict[2] = choose_precision()  # two machines might measure and choose differently
             except UserError as error:
-                verdict[0] = [dataclasses.astuple(p) for p in error.problems]
+                verdict[0] = error.problems
         broadcast_object_list(verdict)
         if verdict[0] is not None:
-            raise UserError.of([Problem(*p) for p in verdict[0]])
+            raise UserError.of(verdict[0], shared=True)
         if verdict[1] is not None:
             return verdict[1]
         work = working_folder(folder)

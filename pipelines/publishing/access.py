@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.errors import Problem, UserError
+from pipelines.errors import Problem, UserError, problems_of
 from pipelines.publishing.client import PushError, hub, patiently
 from pipelines.publishing.fields import PublishFields, check_apart, repository
 
@@ -132,26 +133,21 @@ def _check_all(places: Iterable[tuple[str, str, bool]]) -> None:
         return
     problems: list[Problem] = []
     if int(os.environ.get("RANK", "0")) == 0:
-        for place in wanted:
-            try:
-                check_access(*place)
-            except UserError as error:
-                problems += error.problems
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        problems = problems_of(*(partial(check_access, *place) for place in wanted))
+    together = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if together:
         problems = _agreed(problems)
     if problems:
-        raise UserError.of(problems)
+        raise UserError.of(problems, shared=together)
 
 
 def _agreed(problems: list[Problem]) -> list[Problem]:
     """What the main process found, on every process."""
-    import dataclasses
-
     from accelerate.utils import broadcast_object_list
 
     from pipelines.distributed import joined_processes
 
     joined_processes()
-    told: list[Any] = [[dataclasses.astuple(problem) for problem in problems]]
+    told = [problems]
     broadcast_object_list(told)
-    return [Problem(*found) for found in told[0]]
+    return told[0]

@@ -112,9 +112,7 @@ def test_two_processes_push_once_and_end(
         hub, server, tmp_path, [w.replace("words", "none") if w.startswith("output_dir") else w for w in words]
     )
     assert done.code != 0
-    # on a busy machine the launcher may be slow to end the other process, which then says whose line it is
-    told = [line for line in done.errors.splitlines() if "may only read" in line and "(process 1)" not in line]
-    assert len(told) == 1
+    assert len([line for line in done.errors.splitlines() if "may only read" in line]) == 1
     assert not (tmp_path / "none").exists()
     assert not list(tmp_path.glob(".none*"))
 
