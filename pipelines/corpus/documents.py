@@ -76,7 +76,9 @@ def of_text_file(path: Path, at: int = 0) -> Iterator[tuple[int, str, str]]:
         UserError: not UTF-8, with the line.
     """
     with path.open("rb") as file:
-        left, line = b"", 1 + file.read(at).count(b"\n")
+        left, line = b"", 1
+        for start in range(0, at, CHUNK_BYTES):
+            line += file.read(min(CHUNK_BYTES, at - start)).count(b"\n")
         while True:
             block = left + file.read(CHUNK_BYTES - len(left))
             if not block:

@@ -12,12 +12,13 @@ import csv
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from pipelines.config import glob_files
-from pipelines.corpus.readers import SPLIT_NAMES, decode, is_saved, load_saved, type_of
+from pipelines.corpus.readers import SPLIT_NAMES, is_saved, load_saved, type_of
 from pipelines.errors import UserError
 
 PIECE_BYTES = 2**20
@@ -104,23 +105,30 @@ def _json_lines(path: Path, start: int, stop: int | None, at: int, what: str) ->
                 yield at, line, _parsed(raw, line, what)
 
 
-def _parsed(raw: bytes, line: Line, what: str) -> dict[str, Any] | UserError:
+def _decoded(raw: bytes, line: Line, what: str) -> str:
     try:
-        text = raw.decode("utf-8-sig" if line.offset == 0 else "utf-8")
+        return raw.decode("utf-8-sig" if line.offset == 0 else "utf-8")
     except UnicodeDecodeError as error:
         problem = f"not UTF-8 (byte {error.start + 1} of the line is 0x{raw[error.start]:02x})"
-        return UserError(what, str(line), problem, "save the file as UTF-8")
+        raise UserError(what, line, problem, "save the file as UTF-8") from None
+
+
+def _parsed(raw: bytes, line: Line, what: str) -> dict[str, Any] | UserError:
+    try:
+        text = _decoded(raw, line, what)
+    except UserError as error:
+        return error
     if line.offset == 0 and text.lstrip()[:1] == "[":
         mend = "write JSON lines: one object a line"
-        raise UserError(what, str(line), "a JSON list cannot be read row by row", mend)
+        raise UserError(what, line, "a JSON list cannot be read row by row", mend)
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", str(error))
-        return UserError(what, str(line), f"not valid JSON ({reason})", "mend or drop that line")
+        return UserError(what, line, f"not valid JSON ({reason})", "mend or drop that line")
     if not isinstance(row, dict):
         mend = 'write {"column": "text", …} on each line'
-        return UserError(what, str(line), f"{type_of(row)}, not an object with columns", mend)
+        return UserError(what, line, f"{type_of(row)}, not an object with columns", mend)
     return row
 
 
@@ -137,7 +145,7 @@ class _Lines:
         raw = self.file.readline()
         if not raw:
             raise StopIteration
-        text = decode(raw, self.path, self.what, 1 if self.at == 0 else 2)
+        text = _decoded(raw, Line(self.path, self.at), self.what)
         self.at += len(raw)
         return text
 
@@ -155,7 +163,7 @@ def _csv(path: Path, start: int, stop: int | None, at: int, what: str) -> Iterat
             twice = sorted({name for name in header if header.count(name) > 1})
             if twice:
                 problem = f"the column {twice[0]!r} stands twice"
-                raise UserError(what, str(place), problem, "give each column its own name")
+                raise UserError(what, place, problem, "give each column its own name")
             if at:
                 file.seek(at)
                 lines.at = at
@@ -164,12 +172,12 @@ def _csv(path: Path, start: int, stop: int | None, at: int, what: str) -> Iterat
                 if cells and len(cells) != len(header):
                     problem = f"{len(cells)} cells under {len(header)} column names"
                     mend = "quote texts that hold the delimiter or line breaks"
-                    yield lines.at, place, UserError(what, str(place), problem, mend)
+                    yield lines.at, place, UserError(what, place, problem, mend)
                 elif cells:
                     yield lines.at, place, dict(zip(header, cells, strict=True))
                 place = Line(path, lines.at)
         except csv.Error as error:
-            raise UserError(what, str(place), f"not valid CSV ({error})", "mend that line") from None
+            raise UserError(what, place, f"not valid CSV ({error})", "mend that line") from None
 
 
 def _parquet(path: Path, start: int, stop: int | None, at: int, what: str) -> Iterator[Row]:
@@ -262,7 +270,7 @@ class FilePieces:
         path, start, stop = self._pieces[piece]
         try:
             yield from _READERS[_suffix(path)](path, start, stop, at, self.what)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             problem = f"cannot be read ({getattr(error, 'strerror', None) or error})"
             raise UserError(self.what, path, problem, "give a readable file") from None
 

@@ -25,7 +25,7 @@ from pipelines.corpus.local import check_column, corpus_example, preference_exam
 from pipelines.corpus.mixture import pool_order, set_of_slots, share_of
 from pipelines.corpus.pieces import ROW_SUFFIXES, TEXT_SUFFIXES, Pieces, open_pieces
 from pipelines.corpus.readers import Rows
-from pipelines.errors import UserError
+from pipelines.errors import UserError, problems_of
 
 HELD_OUT = 1000
 """Held-out examples of each set and split that are read where no limit is given; they are kept in memory."""
@@ -258,16 +258,25 @@ class MixedStream:
 # --- the streams of the stages ----------------------------------------------------------------------------------------
 
 
-def _check_columns(fields: Any, pieces: Pieces, columns: Mapping[str, str], option: bool) -> None:
-    """Look at the first rows before any work begins."""
+def _first_rows(fields: Any, pieces: Pieces, count: int = _LOOKED_AT) -> list[tuple[Any, dict[str, Any]]]:
+    """Where the first rows stand, and what they hold: they are looked at before any work begins.
+
+    Raises:
+        UserError: there are none; or one cannot be read, and such rows are not to be left out.
+    """
     every = ((place, row) for piece in range(len(pieces)) for _, place, row in pieces.rows(piece, 0))
-    rows = list(islice(every, _LOOKED_AT))
+    rows = list(islice(every, count))
     wrong = [row for _, row in rows if isinstance(row, UserError)]
     if wrong and fields.bad_rows == "stop":
         raise wrong[0]
     rows = [(place, row) for place, row in rows if not isinstance(row, UserError)]
     if not rows:
         raise UserError(pieces.what, pieces.source, "holds no examples", "give a set with at least one")
+    return rows
+
+
+def _check_columns(fields: Any, pieces: Pieces, columns: Mapping[str, str], option: bool) -> None:
+    rows = _first_rows(fields, pieces)
     found = Rows(pieces.what, pieces.source, rows, list(rows[0][1]), pieces.typed)
     for named_by, column in columns.items():
         check_column(found, named_by if option else pieces.what, column, option=option)
@@ -363,15 +372,15 @@ def text_stream(fields: Any, *, step_size: int) -> MixedStream:
     for name, _, found, part in _opened(fields, (fields.text, fields.text_config), {}, suffixes):
         column = (part and part.text_column) or fields.raw_column
         sets.append((name, found, partial(_text_example, column=column)))
-        _check_text(found["train"], column)
+        _check_texts(fields, found["train"], column)
     return _mixed(fields, sets, "text", ("validation",), step_size, None)
 
 
-def _check_text(pieces: Pieces, column: str) -> None:
-    for _, place, row in islice(pieces.rows(0, 0), 1):
-        if isinstance(row, UserError):
-            raise row
-        _text_example(row, place, pieces.what, column)
+def _check_texts(fields: Any, pieces: Pieces, column: str) -> None:
+    rows = _first_rows(fields, pieces, 10)  # documents may be long
+    wrong = problems_of(*(partial(_text_example, row, place, pieces.what, column) for place, row in rows))
+    if wrong and (fields.bad_rows == "stop" or len(wrong) == len(rows)):
+        raise UserError.of(wrong[:1])
 
 
 def _mixed(

@@ -2,15 +2,16 @@
 
 import json
 from collections import Counter
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from pipelines.config import StageConfig, config, validate
 from pipelines.corpus import pieces as of_pieces
-from pipelines.corpus.fields import CorpusFields, StreamFields
+from pipelines.corpus.fields import CorpusFields, StreamFields, TextFields
 from pipelines.corpus.mixture import pool_order, set_of_slots, share_of
-from pipelines.corpus.stream import corpus_stream
+from pipelines.corpus.stream import corpus_stream, text_stream
 from pipelines.errors import UserError
 from pipelines.seq2seq.streamed import StreamedExamples
 from tests.scale.conftest import documents, write_lines
@@ -19,6 +20,15 @@ from tests.scale.conftest import documents, write_lines
 @config
 class Streamed(StreamFields, CorpusFields, StageConfig):
     """A stage's fields, as far as a stream reads them."""
+
+    max_steps: int = 100
+
+
+@config
+class StreamedText(StreamFields, TextFields, StageConfig):
+    """The same of raw text."""
+
+    _stream_field: ClassVar[str] = "text"
 
     max_steps: int = 100
 
@@ -184,6 +194,40 @@ def test_a_row_that_cannot_be_used_stops_or_is_left_out_and_counted(tmp_path):
     seen = {row["document"] for row in skipping.examples(range(160))}
     assert not seen & {rows[20]["document"], ""}
     assert skipping.skipped() >= 4  # two in each pass
+
+
+def test_leaving_rows_out_reads_nothing_twice(tmp_path, monkeypatch):
+    lines = [json.dumps(row) for row in documents(50)]
+    lines[20], lines[30] = lines[20][:-5], json.dumps({"document": "", "summary": "x"})
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    counted = []
+    for name in ("__str__", "__repr__"):
+        monkeypatch.setattr(of_pieces.Line, name, lambda line: counted.append(line.offset) or "somewhere")
+    skipping = examples(streamed(dataset=str(path), bad_rows="skip"), steps=40)
+    skipping.examples(range(160))
+    assert skipping.skipped() >= 4
+    assert counted == []  # a line's number takes all lines before it
+
+
+def test_bad_texts_at_the_beginning_are_left_out_too(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = ["{", json.dumps({"text": ""}), *(json.dumps({"text": row["document"]}) for row in documents(50))]
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+    def stream(**fields):
+        return text_stream(validate(StreamedText, {"text": str(path), "streaming": True, **fields}), step_size=1)
+
+    with pytest.raises(UserError, match=r"a.jsonl line 1: not valid JSON"):
+        stream()
+    skipping = stream(bad_rows="skip")
+    assert len({row["text"] for row in skipping.head(30)}) == 30
+    path.write_text(json.dumps({"words": "some"}) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match="the column 'body' is missing there"):
+        stream(bad_rows="skip", raw_column="body")
+    path.write_text("\n\n", encoding="utf-8")
+    with pytest.raises(UserError, match="holds no examples"):
+        stream()
 
 
 def test_memory_of_a_pool_is_let_go(three_sets):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import tracemalloc
 
 import datasets
 import pyarrow
@@ -9,6 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from pipelines.corpus import pieces as of_pieces
+from pipelines.corpus.documents import CHUNK_BYTES, of_text_file
 from pipelines.corpus.pieces import TEXT_SUFFIXES, HubPieces, open_pieces
 from pipelines.errors import UserError
 from tests.scale.conftest import documents, write_lines
@@ -98,6 +100,8 @@ def test_splits_of_a_folder_by_name(tmp_path):
         ("a.json", '[{"a": 1}]', "a.json line 1: a JSON list cannot be read row by row"),
         ("a.csv", 'a,b\n1,2\n"x\ny",2\n1\n', "a.csv line 5: 1 cells under 2 column names"),
         ("a.csv", "a,a\n1,2\n", "a.csv line 1: the column 'a' stands twice"),
+        ("a.csv", "a\n1\n2\n\udcff\n", "a.csv line 4: not UTF-8 (byte 1 of the line is 0xff)"),
+        ("a.jsonl", '{}\n{}\n{"a": "\udcff"}\n', "a.jsonl line 3: not UTF-8 (byte 8 of the line is 0xff)"),
         ("a.parquet", "no", "not a readable Parquet file"),
         ("a.xlsx", "no", "unknown kind of file"),
         ("a.jsonl", "", "holds no examples"),
@@ -105,7 +109,7 @@ def test_splits_of_a_folder_by_name(tmp_path):
 )
 def test_what_is_wrong_is_told_with_its_line(tmp_path, name, text, says):
     path = tmp_path / name
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
 
     def read():
         found = open_pieces(str(path), "dataset")["train"]
@@ -125,6 +129,27 @@ def test_a_broken_gzip_is_one_line(tmp_path):
     path.write_bytes(gzip.compress(b'{"a": 1}\n' * 1000)[:-20])
     with pytest.raises(UserError, match="cannot be read"):
         list(open_pieces(str(path), "dataset")["train"].rows(0, 0))
+
+
+def test_a_damaged_gzip_is_one_line(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    data = bytearray(gzip.compress(b'{"a": 1}\n' * 1000))
+    data[10] = 0xFF  # behind the head: no kind of block
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="cannot be read"):
+        list(open_pieces(str(path), "dataset")["train"].rows(0, 0))
+
+
+def test_reading_goes_on_in_a_long_text_without_what_is_before_in_memory(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("a line of the text\n" * 400_000, encoding="utf-8")
+    whole = list(of_text_file(path))
+    tracemalloc.start()
+    try:
+        assert list(of_text_file(path, whole[-2][0])) == whole[-1:]
+        assert tracemalloc.get_traced_memory()[1] < 5 * CHUNK_BYTES
+    finally:
+        tracemalloc.stop()
 
 
 def test_what_is_not_there(tmp_path):
