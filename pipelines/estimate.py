@@ -78,9 +78,10 @@ class Launch:
         """A kind, or a launcher file of accelerate.
 
         Raises:
-            UserError: neither.
+            UserError: neither, or the file says neither how the work is shared nor by how many.
         """
         from pipelines.config import read_yaml
+        from pipelines.launching import strategy_of
 
         if name in LAUNCHERS:
             return cls(name, processes or (1 if name == "single" else 8))
@@ -88,9 +89,10 @@ class Launch:
             mend = f"give one of {', '.join(LAUNCHERS)}, or a file of accelerate_configs"
             raise UserError("--launcher", name, "no such launcher", mend)
         table = read_yaml(name, "--launcher")
-        found, count = str(table.get("distributed_type", "NO")), int(table.get("num_processes", 1))
-        kind = {"FSDP": "fsdp", "DEEPSPEED": f"zero{(table.get('deepspeed_config') or {}).get('zero_stage', 2)}"}
-        return cls(kind.get(found, "ddp" if count > 1 else "single"), processes or count)
+        count = processes or table.get("num_processes", 1)
+        if not isinstance(count, int) or count < 1:
+            raise UserError("num_processes", count, f"not a number from 1 in {name}", "mend it, or give --processes")
+        return cls(strategy_of(name) if count > 1 else "single", count)
 
 
 @dataclass
@@ -371,13 +373,14 @@ def _steps(
     if kind in ("ppo", "grpo", "rloo"):
         epochs = getattr(settings, "ppo_epochs", getattr(settings, "group_epochs", 1))
         return settings.rollouts * epochs * settings.rows_per_rollout // settings.mini_batch_size
+    copies = settings.copy_steps if kind == "sft" else 0  # on top of the others
     if settings.max_steps > 0:
-        return settings.max_steps + getattr(settings, "copy_steps", 0) * (kind == "sft")
+        return settings.max_steps + copies
     examples = _examples(settings, chain, configs, documents)
     if examples is None:
         return None
     batch = settings.batch_size * settings.gradient_accumulation * launch.processes
-    return max(1, math.ceil(settings.epochs * (examples // batch)))
+    return max(1, math.ceil(settings.epochs * (examples // batch))) + copies
 
 
 def estimate_chain(

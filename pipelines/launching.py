@@ -86,11 +86,12 @@ def _strategy(values: dict[str, Any], path: Path) -> list[Problem]:
 
 
 def strategy_of(file: str | Path) -> Strategy:
-    """How a configuration file without problems has processes share the work."""
+    """How a configuration file has processes share the work."""
     values = read_yaml(file, _WHAT)
-    if values["distributed_type"] == "FSDP":
+    kind = values.get("distributed_type")
+    if kind == "FSDP":
         return "fsdp"
-    if values["distributed_type"] == "DEEPSPEED":
+    if kind == "DEEPSPEED":
         return "zero3" if (values.get("deepspeed_config") or {}).get("zero_stage") == 3 else "zero2"
     return "ddp"
 

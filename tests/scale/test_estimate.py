@@ -176,6 +176,29 @@ def test_parts_are_cut_as_the_launcher_cuts_them():
     assert found["zero3"].weights < found["zero2"].weights
 
 
+def test_copy_steps_come_on_top_of_epochs():
+    from pipelines.estimate import DEVICES
+
+    words = ["model=google-t5/t5-small", "batch_size=1", "max_source_length=16", "max_target_length=8", "epochs=2"]
+    words += ["precision=fp32", "copy_steps=5"]
+    chain = load("summarization/sft", None)
+    (found,) = estimate_chain(chain, words, DEVICES["a100-80gb"], Launch("ddp", 2), documents=11)
+    assert found.steps == 2 * (11 // 2) + 5
+
+
+def test_a_launcher_file_says_how_the_work_is_shared(root, tmp_path):
+    files = root / "accelerate_configs"
+    kinds = {"single_gpu": ("single", 1), "ddp": ("ddp", 8), "fsdp": ("fsdp", 8), "zero3": ("zero3", 8)}
+    assert {name: Launch.of(str(files / f"{name}.yaml"), None) for name in kinds} == {
+        name: Launch(*kind) for name, kind in kinds.items()
+    }
+    assert Launch.of(str(files / "single_gpu.yaml"), 4) == Launch("ddp", 4)
+    (tmp_path / "mine.yaml").write_text("distributed_type: FSDP\nnum_processes: null\n")
+    with pytest.raises(UserError, match=r"num_processes=None: not a number from 1 in .*mine.yaml"):
+        Launch.of(str(tmp_path / "mine.yaml"), None)
+    assert Launch.of(str(tmp_path / "mine.yaml"), 2) == Launch("fsdp", 2)
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
