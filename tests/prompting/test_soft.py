@@ -110,7 +110,9 @@ def test_two_processes_do_what_one_does(prompting_cli, tiny_folder, nouns_file, 
         folder = save(tmp_path / "model", model, tokenizer)
     words = [word for word in WORDS if not word.startswith("batch_size")]
     words += [f"model={folder}", f"dataset={nouns_file}", f"method={method}", "lr_scheduler=constant"]
-    check_two_processes(prompting_cli, tmp_path / "runs", "prompting/soft", words, 4, tolerance=1e-4)
+    # Adam divides by the gradients' own size, so their rounding comes back in the weights as a share of the rate.
+    words[words.index("learning_rate=0.05")] = "learning_rate=0.002"
+    check_two_processes(prompting_cli, tmp_path / "runs", "prompting/soft", words, 4)
 
 
 def test_choices_are_scored_and_summaries_measured_by_rouge(prompting_cli, tiny_folder, questions_file, tmp_path):
