@@ -5,7 +5,7 @@
 #
 # One task a machine; each starts its half with `accelerate launch`, which starts a process for each of its GPUs. The run's
 # folder (output_dir) must lie on a file system that all machines share. A job that ends early goes on from its last
-# checkpoint when the same command is given again; --requeue has SLURM give it.
+# checkpoint when the same command is given again; --requeue lets SLURM give it after preemption or a node's failure.
 #
 # Settings, from the environment: CONFIG_FILE (default accelerate_configs/multi_node.yaml), PROCESSES_PER_NODE (default: the
 # GPUs SLURM gave, else 1), MAIN_ADDRESS (default: the first host), PORT (default: from the job's number), PYTHON (default:

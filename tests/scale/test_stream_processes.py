@@ -29,11 +29,10 @@ def test_two_processes_do_on_a_stream_what_one_does(root, server, tiny_t5, tmp_p
     words = [f"{field}={sets[0]}", f"mixture={mixture}", "streaming=true", "shuffle_buffer=32", f"model={tiny_t5}"]
     words += ["max_steps=9", "save_steps=3", "logging_steps=1", "lr_scheduler=constant", "warmup_ratio=0.0"]
     words += ["precision=fp32", "report_to=none", "max_source_length=32", "max_target_length=12", "learning_rate=1e-3"]
-    words += ["eval_batch_size=3", *(["dropout=0.0"] if stage == "sft" else [])]
+    words.append("eval_batch_size=3")
     if stage == "sft":
         _without_dropout(tiny_t5, tmp_path / "model")
         words = [word if not word.startswith("model=") else f"model={tmp_path / 'model'}" for word in words]
-        words.remove("dropout=0.0")
     recipe = ("--recipe", f"summarization/{stage}")
     one = [*words, "batch_size=8", f"output_dir={tmp_path / 'one'}"]
     assert server.run(*recipe, *one, kill_at_step=5)[0] == -signal.SIGKILL
