@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +37,9 @@ class Training:
     seed: int
 
 
-def train(samples: Tensor, levels: int, how: Training) -> tuple[CleanSample, list[float]]:
+def train(
+    samples: Tensor, levels: int, how: Training, target: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> tuple[CleanSample, list[float]]:
     """Minimize E|f(x_t, t) − x₀|² with x_t = x₀ + √t·z and t drawn from {1/levels, …, 1}.
 
     The target is the sample itself, which the data give; the minimizer is E[X₀ | X_t], which nobody was told.
@@ -45,6 +48,7 @@ def train(samples: Tensor, levels: int, how: Training) -> tuple[CleanSample, lis
         samples: (n,) of X₀.
         levels: T.
         how: see ``Training``.
+        target: of (x_t, t), shown in place of the sample; None: the sample.
 
     Returns:
         The network, and the loss of each step.
@@ -60,7 +64,8 @@ def train(samples: Tensor, levels: int, how: Training) -> tuple[CleanSample, lis
         clean = samples[torch.randint(len(samples), (how.batch,), generator=generator)]
         t = torch.randint(1, levels + 1, (how.batch,), generator=generator) / levels
         noisy = clean + t.sqrt() * torch.randn(how.batch, generator=generator)
-        loss = (network(noisy, t) - clean).square().mean()
+        wanted = clean if target is None else target(noisy, t)
+        loss = (network(noisy, t) - wanted).square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -96,6 +96,8 @@ def test_rates_of_convergence_are_first_order(variance):
 def test_ddim_is_half_of_the_way_to_the_mean():
     factor, _ = exact.posterior(0.3, 0.5, 1e-3)
     assert exact.ddim_factor(0.3, 0.5, 1e-3) == pytest.approx((1 + factor) / 2, abs=1e-15)
+    # and that mean lies Δt/t of the way from x_t to the clean sample
+    assert factor == pytest.approx(1 + 1e-3 / 0.5 * (exact.clean_factor(0.3, 0.5) - 1), abs=1e-15)
 
 
 def test_the_network_recovers_what_it_was_not_told():
@@ -110,6 +112,10 @@ def test_the_network_recovers_what_it_was_not_told():
     for t in (0.25, 1.0):
         x = math.sqrt(0.25 + t) * draw.standard_normal(20_000)
         assert line(x, expected(network, x, t)).slope == pytest.approx(0.25 / (0.25 + t), abs=0.05)
+    guessing, _ = train(samples, 16, Training(300, 256, 24, 1e-2, 0), lambda x, t: x / (1 + t))  # as if σ were 1
+    for t in (0.25, 1.0):
+        x = math.sqrt(0.25 + t) * draw.standard_normal(20_000)
+        assert line(x, expected(guessing, x, t)).slope == pytest.approx(1 / (1 + t), abs=0.05)
 
 
 def test_the_stage_and_its_page(tmp_path):
