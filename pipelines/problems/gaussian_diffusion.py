@@ -87,13 +87,13 @@ def _simulated(config: GaussianDiffusionConfig) -> _Schedule:
     return _Schedule(betas, np.cumprod(1 - betas), np.array(means), np.array(variances), last=x, **pairs)
 
 
-def _exact(config: GaussianDiffusionConfig, made: _Schedule, x_t: float, stage: int) -> tuple[float, float]:
+def _exact(made: _Schedule, x_0: float, x_t: float, stage: int) -> tuple[float, float]:
     """Mean and variance of x_(t−1) given x_t and x_0, by the formula under examination."""
     import torch
 
     from pipelines.images.ddpm_math import posterior
 
-    numbers = (config.original, x_t, made.alphas[stage - 1], made.alphas[stage])
+    numbers = (x_0, x_t, made.alphas[stage - 1], made.alphas[stage])
     mean, variance = posterior(*(torch.tensor(float(number), dtype=torch.float64) for number in numbers))
     return float(mean), float(variance)
 
@@ -161,15 +161,14 @@ def _posterior(answer: Answer, config: GaussianDiffusionConfig, made: _Schedule)
     from pipelines.problems.estimates import ERRORS, gaussian_log, line, moments, variance_error
 
     t, count, alphas, beta = config.stage, config.chains, made.alphas, made.betas[config.stage]
-    mean, variance = _exact(config, made, config.noisy, t)
-    of_noisy = _exact(config, made, config.noisy + 1, t)[0] - mean
+    mean, variance = _exact(made, config.original, config.noisy, t)
+    (of_original, _), (of_noisy, _) = _exact(made, 1.0, 0.0, t), _exact(made, 0.0, 1.0, t)
     back = line(made.now, made.before)
     route = f"least squares through {count:,} simulated pairs (x_t, x_(t−1)), tolerance {ERRORS:.0f} standard errors"
     statement = "The posterior's mean: its factor of x_t is √(1−β_t)(1−α_(t−1))/(1−α_t)"
     answer.check(statement, back.slope, of_noisy, ERRORS * back.slope_error, route)
     statement = "The posterior's mean: its part of x_0 is √α_(t−1) β_t/(1−α_t)·x_0"
-    part = mean - of_noisy * config.noisy
-    answer.check(statement, back.intercept, part, ERRORS * back.intercept_error, route)
+    answer.check(statement, back.intercept, of_original * config.original, ERRORS * back.intercept_error, route)
     statement = "The posterior's variance is (1−α_(t−1))/(1−α_t)·β_t"
     tolerance = ERRORS * variance_error(variance, count)
     answer.check(statement, back.variance, variance, tolerance, f"{route}: what is left around the line")
@@ -200,11 +199,11 @@ def _posterior(answer: Answer, config: GaussianDiffusionConfig, made: _Schedule)
     answer.check("The posterior's mean, of diffusers' step", stepped.mean(), mean, tolerance, route)
     tolerance = ERRORS * variance_error(variance, count)
     answer.check("The posterior's variance, of diffusers' step", stepped.var(), variance, tolerance, route)
-    answer.value(beta=beta, posterior_mean=mean, posterior_variance=variance, of_noisy=of_noisy)
-    answer.value(of_original=part / config.original if config.original else 0.0)
+    answer.value(beta=beta, posterior_mean=mean, posterior_variance=variance)
+    answer.value(of_noisy=of_noisy, of_original=of_original)
     answer.value(fitted_of_noisy=back.slope, bayes_mean=bayes.mean, variance_share=variance / beta)
     answer.figure(_bayes_figure(config, made, mean, variance))
-    answer.figure(_weights_figure(config, made))
+    answer.figure(_weights_figure(made))
 
 
 def _bayes_figure(config: GaussianDiffusionConfig, made: _Schedule, mean: float, variance: float) -> Figure:
@@ -228,17 +227,13 @@ def _bayes_figure(config: GaussianDiffusionConfig, made: _Schedule, mean: float,
     return Figure("bayes", svg, caption=caption, title="Bayes' rule at one stage")
 
 
-def _weights_figure(config: GaussianDiffusionConfig, made: _Schedule) -> Figure:
+def _weights_figure(made: _Schedule) -> Figure:
     from pipelines.reporting.plots import Panel, Series, lines
 
-    stages = range(1, config.timesteps + 1)
-    found = [
-        (_exact(config, made, 0.0, t)[0], _exact(config, made, 1.0, t)[0], _exact(config, made, 0.0, t)[1])
-        for t in stages
-    ]
-    of_original = [at_zero / config.original if config.original else 0.0 for at_zero, _, _ in found]
-    of_noisy = [at_one - at_zero for at_zero, at_one, _ in found]
-    ratios = [variance / made.betas[t] for t, (_, _, variance) in zip(stages, found, strict=True)]
+    stages = range(1, len(made.betas))
+    of_original = [_exact(made, 1.0, 0.0, t)[0] for t in stages]
+    of_noisy = [_exact(made, 0.0, 1.0, t)[0] for t in stages]
+    ratios = [_exact(made, 0.0, 0.0, t)[1] / made.betas[t] for t in stages]
     panels = [
         Panel([Series("of x_0", stages, of_original), Series("of x_t", stages, of_noisy)], "factor", zero=True),
         Panel([Series("", stages, ratios)], "variance / β_t", zero=True),
@@ -253,7 +248,7 @@ def _last(answer: Answer, config: GaussianDiffusionConfig, made: _Schedule) -> f
     """How much of x_0 is left at the end; the posterior at the first stage."""
     from pipelines.problems.estimates import ERRORS, mean_error
 
-    mean, variance = _exact(config, made, config.noisy, 1)
+    mean, variance = _exact(made, config.original, config.noisy, 1)
     statement = "At t = 1 the posterior is x_0 itself: its mean, whatever x_1 is"
     answer.check(statement, mean, config.original, 1e-9, "evaluation at α_0 = 1")
     answer.check("At t = 1 the posterior has no variance", variance, 0, 1e-12, "evaluation at α_0 = 1")

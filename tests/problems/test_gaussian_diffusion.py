@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from pipelines.config import validate
@@ -29,6 +30,9 @@ def test_the_stage_and_its_page(fields, tmp_path):
     betas = [config.beta_start, config.beta_end]
     beta = betas[0] + (betas[1] - betas[0]) * (config.stage - 1) / (config.timesteps - 1)
     assert values["beta"] == pytest.approx(beta)
+    # least squares knows no factor of x_0 where x_0 is 0; the page quotes it all the same
+    alphas = np.cumprod(1 - np.linspace(*betas, config.timesteps))[config.stage - 2 : config.stage]
+    assert values["of_original"] == pytest.approx(np.sqrt(alphas[0]) * beta / (1 - alphas[1]), rel=1e-9)
 
 
 @pytest.mark.parametrize(
