@@ -17,11 +17,16 @@ from pipelines.config import validate
 from pipelines.errors import UserError
 from pipelines.images.classifier_network import ImageClassifier, quarter_turns
 from pipelines.images.measure import MeasureConfig
+from pipelines.reporting.kept import kept, opened, results_block
+from pipelines.reporting.metrics import is_interval_key
 from tests.chain.test_whole import documented
 from tests.images.conftest import HERE, ROOT, content
 
 CHAIN = HERE / "tiny_images.yaml"
 SYSTEMS = ("ddpm", "bitflip", "vae", "gan")
+NAMED = dict(zip(("DDPM", "Bit-flip diffusion", "VAE", "GAN"), SYSTEMS, strict=True)) | {
+    "Training images": "training_images"
+}
 pytestmark = pytest.mark.xdist_group("image_chain")
 
 
@@ -102,6 +107,19 @@ def test_the_report_shows_them_and_needs_nothing_else(whole):
     assert len(re.findall('src="data:image/png;base64,', text)) >= 4 * 2 + 2
     assert not re.findall(r'(?:src|href)="(?!data:|#)', text)
     assert len(text) < 5_000_000
+
+
+def test_a_document_shows_what_a_run_measured(whole, metrics):
+    content = kept([opened(whole)])
+    assert content["runs"][0]["metrics"].items() >= {k: v for k, v in metrics.items() if not is_interval_key(k)}.items()
+    text = results_block(content)
+    for system in ("DDPM", "Bit-flip diffusion", "VAE", "GAN", "Training images"):
+        assert f"| {system} | {metrics[NAMED[system] + '/frechet_distance']:,.2f} |" in text
+    # VAE of two seeds: what the measuring stage has is their mean, what the training stage has is its own
+    row = next(line for line in text.split("| System | Bound")[1].splitlines() if line.startswith("| VAE |"))
+    assert [cell.strip() for cell in row.split("|")[2:6]] == [
+        f"{metrics[f'vae/{measure}']:,.2f}" for measure in ("bound", "negative_elbo", "kl", "reconstruction")
+    ]
 
 
 def test_killed_while_measuring_it_goes_on_and_ends_alike(stages, whole, tmp_path):

@@ -11,8 +11,10 @@ from pipelines.config import validate
 from pipelines.errors import UserError
 from pipelines.prompting.compare import CompareConfig, compare
 from pipelines.prompting.compare_math import crossed_difference
+from pipelines.reporting.kept import kept, opened, results_block
 from pipelines.reporting.report import write_report
 from pipelines.reporting.sections.prompting_compare import compared
+from pipelines.reporting.tables import markdown_table
 from pipelines.runner import Chain
 from tests.chain.test_whole import documented
 
@@ -110,6 +112,8 @@ def test_the_table_and_figure_show_every_point(made, tmp_path):
     record |= {"fingerprint": "x", "config": {}, "metrics": metrics, "seed": 0}
     (run / "compare" / "stage.json").write_text(json.dumps(record))
     (run / "run.json").write_text(json.dumps({"name": "prompting", "about": "", "stages": ["compare"]}))
+    assert kept([opened(run)]) == comparison
+    assert markdown_table(table) in results_block(comparison)
     page = write_report(run).read_text()
     section = page[page.index('id="prompting-compare"') :]
     svg = re.search(r"<svg.*?</svg>", section, re.DOTALL).group()
