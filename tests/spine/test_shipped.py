@@ -94,9 +94,3 @@ def test_constraints_pin_every_package(root):
     assert all(re.fullmatch(r"[A-Za-z0-9_.\-]+==[^=\s]+", line) for line in lines)
     assert "torch==2.13.0" in lines
     assert not any("nvidia" in line or "cuda" in line for line in lines)
-
-
-def test_the_readmes_table_is_that_of_its_file(root):
-    from pipelines.reporting.readme import main
-
-    assert main([str(root / "docs" / "results" / "demo.json"), str(root / "README.md"), "--check"]) == 0
