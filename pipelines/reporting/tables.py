@@ -22,6 +22,7 @@ MODELS = {"scratch": "Trained from scratch", "finetuned": "Fine-tuned", "sft": "
     "ddpm": "DDPM",
     "bitflip": "Bit-flip diffusion",
     "vae": "VAE",
+    "vae_course": "VAE of the course",
     "gan": "GAN",
     "training_images": "Training images",
 }
