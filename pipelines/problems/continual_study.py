@@ -35,7 +35,7 @@ def study_fisher(answer: Answer, images: LabelledSet, config: ContinualLearningC
     shape = tuple(images.train.images.shape[1:])
     network = make_network(config.networks[0], shape, images.classes, config).to(device)
     learn_task(network, images.train, Method(), config, torch.Generator().manual_seed(config.seed))
-    size = min(config.batch, len(images.train) // 4)
+    size = min(config.batch, config.fisher_examples, len(images.train) // 4)
     count = min(config.fisher_examples, len(images.train)) // size * size
     some, labels = images.train.images[:count], images.train.labels[:count]
     fisher = fisher_diagonal(network, some, labels, "expected")

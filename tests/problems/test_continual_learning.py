@@ -11,9 +11,10 @@ from pipelines.config import validate
 from pipelines.errors import UserError
 from pipelines.problems import continual_math as math
 from pipelines.problems.continual_learning import ContinualLearningConfig, best_lambda, continual_learning
-from pipelines.problems.continual_study import softmax_regression_fisher
+from pipelines.problems.continual_study import softmax_regression_fisher, study_fisher
 from pipelines.problems.continual_training import Permutation, Rehearsal, Run
-from pipelines.problems.image_data import Labelled
+from pipelines.problems.exercise import Answer
+from pipelines.problems.image_data import Labelled, load_labelled
 from pipelines.problems.small_networks import convolutional, perceptron
 from tests.problems.pages import assert_page_is_filled
 
@@ -191,6 +192,15 @@ def test_the_stage_compares_and_goes_on_where_it_was_killed(tmp_path):
     assert continual_learning(small(tmp_path / "b")) == metrics
     one, two = (json.loads((tmp_path / x / "exercise.json").read_text()) for x in "ab")
     assert one == two
+
+
+def test_the_fisher_is_studied_where_a_batch_is_larger_than_its_images(tmp_path):
+    """As of MNIST's files, whose batches are of 256 images and whose Fisher is of 200."""
+    config = small(tmp_path, batch_size=64, fisher_examples=24)
+    answer = Answer(config, "continual_learning", "A title")
+    study_fisher(answer, load_labelled(config), config)
+    assert (answer.values["fisher_batch"], answer.values["fisher_count"]) == (24, 24)
+    assert [check.statement for check in answer.checks if not check.passed] == []
 
 
 @pytest.mark.parametrize(
