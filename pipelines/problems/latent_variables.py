@@ -124,7 +124,8 @@ def _forward(config: LatentVariablesConfig, network: ImageVAE, image: Tensor, an
         route = f"{config.draws:,} samples of q(z|x), 4 standard errors"
         answer.check("KL(q(z|x) ‖ p(z)) in closed form", ratio.mean(), kl, 4 * ratio.std() / config.draws**0.5, route)
         if network.config.likelihood == "bernoulli":
-            other = -Bernoulli(logits=output.double()).log_prob(image.double()).sum()
+            pixels = Bernoulli(logits=output.double(), validate_args=False)  # grey levels too
+            other = -pixels.log_prob(image.double()).sum()
         else:
             other = -Normal(output.double(), network.pixel_variance().double().sqrt()).log_prob(image.double()).sum()
         answer.check("−log p(x|z), summed over pixels", other, reconstruction[0], 1e-3, "torch.distributions, float64")
@@ -172,7 +173,7 @@ def _bottleneck(config: LatentVariablesConfig, network: ImageVAE, seen: Tensor, 
     from torch.distributions import Normal
 
     from pipelines.images.vae_math import gaussian_kl, sample_gaussian
-    from pipelines.problems.latent_variables_math import carried
+    from pipelines.problems.latent_variables_math import carried, index_log_posterior
 
     with torch.no_grad():
         m, v = network.encode(seen)
@@ -187,6 +188,16 @@ def _bottleneck(config: LatentVariablesConfig, network: ImageVAE, seen: Tensor, 
         kl.mean(),
         4 * ratio.std() / math.sqrt(len(m)),
         f"all {len(m):,} training images behind each z, one z an image, 4 standard errors; expected: closed form",
+    )
+    # The aggregate drops out of that sum; so the information alone is held against the posterior's entropy.
+    posterior = index_log_posterior(z, m, v)
+    off = posterior.diagonal() - (posterior.exp() * posterior).sum(1)
+    answer.check(
+        "I(n; z) = log N − E H(n|z)",
+        found.information,
+        math.log(len(m)) - math.log(found.behind),
+        4 * off.std() / math.sqrt(len(m)),
+        f"mean of log q(z|x_n)/q(z), one z an image, 4 standard errors; expected: entropy over all {len(m):,} images",
     )
     answer.value(rate=kl.mean(), information=found.information, mismatch=found.mismatch, behind=found.behind)
     answer.value(log_count=math.log(len(m)), count=len(m))

@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from torch.distributions import Independent, Normal
+from torch.nn.functional import binary_cross_entropy, mse_loss
 
 from pipelines.config import validate
 from pipelines.errors import UserError
@@ -33,6 +34,26 @@ def test_posterior_over_images_is_bayes():
     images = torch.rand(7, 1, 2, 2, generator=torch.Generator().manual_seed(2))
     loops = torch.stack([sum(w * x for w, x in zip(row, images.double(), strict=True)) for row in by_hand])
     assert torch.allclose(latent.best_decoder(z, m, v, images), loops, atol=1e-12)
+
+
+def test_no_answer_to_a_z_is_better_than_the_mean_of_what_stands_behind_it():
+    """Squared error and cross-entropy, mean over the images: flat there by autograd, higher at every other answer."""
+    m, v = codes(5, 2, seed=4)
+    z = torch.randn(1, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    images = torch.rand(5, 1, 2, 3, generator=torch.Generator().manual_seed(6)).double()
+    weight = latent.index_log_posterior(z, m, v).exp()[0]
+    best = latent.best_decoder(z, m, v, images)[0]
+
+    for loss in (binary_cross_entropy, mse_loss):
+
+        def mean_loss(answer: torch.Tensor, loss=loss) -> torch.Tensor:
+            return weight @ loss(answer.expand_as(images), images, reduction="none").sum((1, 2, 3))
+
+        here = best.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(mean_loss(here), here)
+        assert slope.abs().max() < 1e-12
+        for other in (*images, *torch.rand(20, 1, 2, 3, generator=torch.Generator().manual_seed(7)).double()):
+            assert mean_loss(other) > mean_loss(best)
 
 
 def test_information_at_its_two_ends():
@@ -94,7 +115,7 @@ def test_the_stage_through_its_recipe(finished, tmp_path):
     assert ended.value.code == 0
     found = json.loads((tmp_path / "out" / "exercise.json").read_text())
     assert_page_is_filled(tmp_path / "out")
-    assert len(found["checks"]) == 8
+    assert len(found["checks"]) == 9
     values = found["values"]
     assert values["rate_low"] > values["rate_high"]
     assert values["latent"] == 4
