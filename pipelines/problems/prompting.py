@@ -113,7 +113,8 @@ def _strategies(
         statement = "Wrong labels less right ones, on the same examples"
         answer.check(statement, difference, metrics[key], 1e-12, "counted example by example from the answers")
     answer.value(asked=len(asked[best]), best_accuracy=counted[best], best_shots=len(asked[best][0]["shots"]))
-    answer.value(right_accuracy=counted[config.right], wrong_accuracy=counted[config.wrong], label_effect=difference)
+    answer.value(right_accuracy=counted[config.right], wrong_accuracy=counted[config.wrong])
+    answer.value(label_effect=100 * difference)
     alt = "accuracy of each strategy with its interval"
     svg = forest("strategies", bars, "right answers, %", alt)
     caption = "Solved examples show the form of an answer; with wrong labels (in colour) the form stays."
@@ -142,7 +143,8 @@ def _confidence(
     answer.value(calibration_error=metrics[f"hard/{model}/{config.right}/calibration_error"])
     trials = json.loads((Path(config.hard).expanduser() / "trials.json").read_text(encoding="utf-8"))
     curve = next(t["curve"] for t in trials if (t["model"], t["strategy"]) == (model, config.right))
-    svg = calibration("confidence", curve, "confidence of the answers against the share that is right")
+    alt = "confidence of the answers against the share that is right"
+    svg = calibration("confidence", curve, alt, of="answer")
     caption = "On the dashed line the model would be right as often as it is sure. Larger dots: more answers."
     answer.figure(Figure("confidence", svg, caption=caption, title="Confidence"))
 

@@ -61,6 +61,9 @@ def test_the_page_and_its_counts(folder):
     mine = [line["kind"] == "right" for line in lines if line["strategy"] == "few_shot_5"]
     assert values["asked"] == len(mine) > 5
     assert values["right_accuracy"] == sum(mine) / len(mine)
+    wrong = [line["kind"] == "right" for line in lines if line["strategy"] == "few_shot_wrong_labels_5"]
+    assert values["label_effect"] == pytest.approx(100 * (sum(wrong) - sum(mine)) / len(mine))
+    assert "confidence in its answer" in (folder / "prompting" / "figures" / "confidence.svg").read_text()
     assert "Prompting" in (folder / "report.html").read_text()
 
 
