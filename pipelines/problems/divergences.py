@@ -324,9 +324,9 @@ def _fit_figures(
 def _density(one: Fit, x: np.ndarray) -> np.ndarray:
     import numpy as np
 
-    from pipelines.problems.divergences_math import gaussian_log_density
+    from pipelines.problems.estimates import gaussian_log
 
-    return np.exp(gaussian_log_density(x, one.mean, one.scale))
+    return np.exp(gaussian_log(x, one.mean, one.scale**2))
 
 
 def _least_forward(target: Mixture, mean: float) -> float:

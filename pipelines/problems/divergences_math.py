@@ -66,11 +66,6 @@ class Mixture:
         return min(m - reach * s for m, s in pairs), max(m + reach * s for m, s in pairs)
 
 
-def gaussian_log_density(x: np.ndarray, mean: float, scale: float) -> np.ndarray:
-    """log N(x; mean, scale²), nats."""
-    return -0.5 * (((np.asarray(x) - mean) / scale) ** 2 + _LOG_TWO_PI) - math.log(scale)
-
-
 def truncated_kl(a: Callable[[float], float], b: Callable[[float], float], reach: float) -> float:
     """∫_{−L}^{L} e^a (a − b) dx of two even log densities by adaptive quadrature, nats.
 
