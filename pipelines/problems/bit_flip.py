@@ -28,7 +28,7 @@ class BitFlipExerciseConfig(ExerciseConfig):
 
     output_dir: str = Field("runs/bit_flip", description="folder the stage writes into", json_schema_extra=INERT)
     bitflip: Source = Field(description="folder of a finished stage of images/bitflip")
-    delta: float = Field(0.08, gt=0, lt=0.5, description="probability that a pixel flips at a stage, δ")
+    delta: float = Field(0.08, ge=0.001, lt=0.5, description="probability that a pixel flips at a stage, δ")
     stages: int = Field(10, ge=2, le=14, description="stages of the chain whose paths are all enumerated, T")
     pixels: int = Field(4, ge=2, le=6, description="pixels of the images that are all enumerated")
     draws: int = Field(200_000, ge=1000, description="pixels of each simulation")

@@ -253,7 +253,7 @@ def _partition(answer: Answer, world: _World, config: DPOTheoryConfig) -> None:
         for colour, v in enumerate(dict.fromkeys((4096, config.large_vocabulary)))
     ]
     series.append(Series("atoms of the universe", lengths, [_ATOMS] * len(lengths), colour=4))
-    alt = "the number of completions by length, on a logarithmic scale, passes that of the atoms at about 20 tokens"
+    alt = "the number of completions rises in a straight line on a logarithmic scale; a level line marks the atoms"
     svg = lines("count", [Panel(series, "log₁₀ of completions")], "tokens of a completion, at most", alt)
     caption = "Z sums over all of them, for every prompt anew; a score of a completion costs a pass of the model."
     answer.figure(Figure("count", svg, caption=caption, title="What Z sums over"))

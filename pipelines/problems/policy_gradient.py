@@ -65,7 +65,7 @@ def policy_gradient(config: PolicyGradientConfig) -> dict[str, float]:
     Returns:
         ``policy_gradient/variance`` and ``policy_gradient/variance_mean_baseline``,
         ``policy_gradient/variance_best_baseline``: trace of the covariance of one sample's estimate;
-        ``policy_gradient/reward``, ``policy_gradient/reward_baseline``: expected reward after training with and without
+        ``policy_gradient/reward``, ``policy_gradient/reward_baseline``: expected reward after training without and with
         a baseline, means over seeds; ``policy_gradient/checks``, ``policy_gradient/checks_failed``.
 
     Raises:
