@@ -270,7 +270,7 @@ def _train(config: PolicyGradientConfig, world: World, rewards: Tensor, use: boo
     """Expected reward, exact, before each step and after the last."""
     import torch
 
-    from pipelines.problems.policy_gradient_math import expected_reward, make_model
+    from pipelines.problems.policy_gradient_math import expected_reward, make_model, mean_reward
 
     model = make_model(world, seed=config.seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
@@ -281,7 +281,7 @@ def _train(config: PolicyGradientConfig, world: World, rewards: Tensor, use: boo
         curve.append(float(expected_reward(log_probs.detach(), rewards)))
         picked = torch.multinomial(probabilities, config.batch_size, replacement=True, generator=draw)
         gained = rewards.gather(1, picked)
-        baseline = (probabilities * rewards).sum(1, keepdim=True) if use else 0.0
+        baseline = mean_reward(probabilities, rewards) if use else 0.0
         loss = -((gained - baseline) * log_probs.gather(1, picked)).mean()
         optimizer.zero_grad()
         loss.backward()

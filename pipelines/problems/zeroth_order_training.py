@@ -13,6 +13,7 @@ from pipelines.problems.zeroth_order_math import (
     draw_labels,
     entropy_gradient,
     exact_gradient,
+    expected_loss,
     leave_one_out_gradient,
     score_gradient,
 )
@@ -153,10 +154,9 @@ def scatter(network: nn.Module, train: Labelled, config: ZerothOrderConfig, seed
         return torch.cat([g.flatten() for g in found])
 
     fixed = logits.detach()
-    exact = weights_gradient(exact_gradient(fixed, box.of_all(rows, fixed.shape[1])))
-    found = {"gradient": float(exact.square().sum())}
-    expected = (fixed.softmax(1) * box.of_all(rows, fixed.shape[1])).sum(1).mean()
-    found["loss"] = float(expected)
+    losses = box.of_all(rows, fixed.shape[1])
+    exact, expected = weights_gradient(exact_gradient(fixed, losses)), expected_loss(fixed, losses).mean()
+    found = {"gradient": float(exact.square().sum()), "loss": float(expected)}
     for method in ("none", "mean", "several", "leave_one_out"):
         distances = []
         for _ in range(config.estimates):
