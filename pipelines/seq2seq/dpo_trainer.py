@@ -199,7 +199,7 @@ class EncoderDecoderDPOTrainer(HeldOutMeans, GroupedByLength, DPOTrainer):
         batch = {name: inputs[name][rows] for name in ("input_ids", "attention_mask", "completion_mask")}
         side = {name: value[:1] for name, value in inputs.items() if name.startswith("encoder_")}
         ids, mask = batch["input_ids"], batch.pop("completion_mask")
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():
             labels = ids.masked_fill(mask == 0, -100)
             fused = inner(**batch, **side, labels=labels, fused_lm_head=True, use_cache=False).log_probs
             sources = {name.removeprefix("encoder_"): torch.cat([value, value]) for name, value in side.items()}

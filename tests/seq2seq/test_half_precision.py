@@ -8,8 +8,10 @@ from accelerate.state import AcceleratorState
 from ppo_environment import make_trainer
 from preference_environment import LENGTHS, arguments, t5
 from tiny_models import save_pairs
+from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 from pipelines.seq2seq.dpo_trainer import EncoderDecoderDPOTrainer
+from pipelines.share import shipped
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +40,16 @@ def test_dpo_begins_at_ln2_and_learns(tiny_t5, rows, tokenizer, tmp_path, cached
     entropy = trainer.state.log_history[0]["entropy"]
     assert 0 < entropy < math.log(len(tokenizer)) - 1e-3
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
+def test_a_trained_model_passes_the_check_of_its_first_batch(rows, tmp_path):
+    """Trained weights are far enough from zero that bf16's rounding is seen: the check must be made in bf16 too."""
+    folder = shipped("genalign:t5-docstrings")
+    model = T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    given = arguments(tmp_path, bf16=True, max_steps=1)
+    trainer = EncoderDecoderDPOTrainer(model, given, rows, AutoTokenizer.from_pretrained(folder), LENGTHS)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=5e-3)
 
 
 @pytest.mark.slow
