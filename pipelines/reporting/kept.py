@@ -1,18 +1,22 @@
 """What is kept of finished runs under docs/results, and the Markdown that a document shows of it.
 
-There are four kinds: metrics of summarization systems (the flat ``metrics.json`` of a run), a comparison of written and
-learnt prompts (the stage's ``comparison.json``), runs of image models (one a seed), and an exercise of the problem set.
+There are five kinds: metrics of summarization systems (the flat ``metrics.json`` of a run), those of several runs (one
+a seed), a comparison of written and learnt prompts (the stage's ``comparison.json``), runs of image models (one a
+seed), and an exercise of the problem set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
 from pipelines.reporting.metrics import (
     ERROR,
+    HIGH,
+    LOW,
     check_metrics,
     format_mean,
     is_interval_key,
@@ -24,10 +28,18 @@ from pipelines.reporting.sections.images import MEASURES, REAL, explained
 from pipelines.reporting.sections.images_training import KINDS as IMAGE_STAGES
 from pipelines.reporting.sections.problems import EXERCISE, exercise_table
 from pipelines.reporting.sections.prompting_compare import CHOSEN, compared
-from pipelines.reporting.tables import README_MEASURES, markdown_table, results_table, system_label, systems_table
+from pipelines.reporting.tables import (
+    BASELINES,
+    README_MEASURES,
+    markdown_table,
+    results_table,
+    system_label,
+    systems_in,
+    systems_table,
+)
 
 SEEDS, COMPARISON, PAGE = "runs", "points", "page"
-"""The key by which the content of each kind is told; metrics of summarization systems have none of them."""
+"""The key by which the content of each kind is told; metrics of one run of summarization systems have none of them."""
 
 HEADLINES = {
     "continual_learning": ("methods", "long"),
@@ -60,21 +72,24 @@ def opened(folder: Path) -> Run:
 
 
 def kept(runs: Sequence[Run]) -> dict[str, Any]:
-    """What a table needs of one run, or of several of image models; its kind is found by the stages that they have.
+    """What a table needs of one run, or of several of one kind; the kind is found by the stages that they have.
 
     Args:
-        runs: at least one.
+        runs: at least one; several are of image models or of summarization systems, one a seed.
 
     Raises:
-        UserError: if they hold no results, are several of anything but image models, or differ in more than the seed.
+        UserError: if they hold no results, are several of another kind, or differ in more than the seed.
     """
     measured = [_the(run, "measure", "settings.json") for run in runs]
     if all(measured):
-        return _kept_images(runs, measured)
+        return {"settings": measured[0].json("settings.json"), SEEDS: _seeds(runs, measured, _image_metrics)}
     if len(runs) > 1:
-        without = next(run for run, stage in zip(runs, measured, strict=True) if stage is None)
-        mend = "give one run, or several finished ones of image models, one a seed"
-        raise UserError("--run", str(without.folder), "has measured no image models", mend)
+        evaluated = [_the(run, "evaluate", "settings.json") for run in runs]
+        if all(evaluated):
+            return {SEEDS: _seeds(runs, evaluated, lambda run, _: run.metrics)}
+        without = next(run for run, *found in zip(runs, measured, evaluated, strict=True) if not any(found))
+        mend = "give one run, or several finished ones of one kind, one a seed"
+        raise UserError("--run", str(without.folder), "has measured no image models and no summaries", mend)
     (run,) = runs
     if (run.folder / EXERCISE).is_file():
         return _kept_exercise(run)
@@ -91,20 +106,26 @@ def _the(run: Run, kind: str, file: str) -> Stage | None:
     return found[0] if found else None
 
 
-def _kept_images(runs: Sequence[Run], measured: Sequence[Stage]) -> dict[str, Any]:
+def _seeds(
+    runs: Sequence[Run], measured: Sequence[Stage], metrics_of: Callable[[Run, Stage], Mapping[str, float]]
+) -> list[dict[str, Any]]:
+    """The seed and metrics of each run, which must be alike in all else."""
     found = []
     for number, (run, stage) in enumerate(zip(runs, measured, strict=True)):
         _check_alike(runs[0], run)
         if any(stage.record.get("fingerprint") == other.record.get("fingerprint") for other in measured[:number]):
             raise UserError("--run", str(run.folder), "is the same as another one", "give runs of different seeds")
-        metrics = {key: value for key, value in run.metrics.items() if not is_interval_key(key)}
-        for trained in run.of_kind(*IMAGE_STAGES):
-            if timing := trained.json("timing.json"):
-                metrics[f"{trained.name}/train_runtime"] = timing[-1]["train_runtime"]
-        seconds = (stage.json("timing.json") or {}).get("seconds_a_sample", {})
-        metrics |= {f"{name}/seconds_a_sample": value for name, value in seconds.items()}
-        found.append({"seed": stage.record.get("seed"), "metrics": metrics})
-    return {"settings": measured[0].json("settings.json"), SEEDS: found}
+        found.append({"seed": stage.record.get("seed"), "metrics": metrics_of(run, stage)})
+    return found
+
+
+def _image_metrics(run: Run, stage: Stage) -> dict[str, float]:
+    metrics = {key: value for key, value in run.metrics.items() if not is_interval_key(key)}
+    for trained in run.of_kind(*IMAGE_STAGES):
+        if timing := trained.json("timing.json"):
+            metrics[f"{trained.name}/train_runtime"] = timing[-1]["train_runtime"]
+    seconds = (stage.json("timing.json") or {}).get("seconds_a_sample", {})
+    return metrics | {f"{name}/seconds_a_sample": value for name, value in seconds.items()}
 
 
 def _check_alike(first: Run, run: Run) -> None:
@@ -113,10 +134,15 @@ def _check_alike(first: Run, run: Run) -> None:
     if first.order != run.order:
         raise UserError("--run", where, f"has the stages {', '.join(run.order)}", mend)
     for one, other in zip(first.stages, run.stages, strict=True):
-        for name in sorted({*one.config, *other.config} - {"seed", "output_dir", "systems", "classifier"}):
-            theirs = other.config.get(name)
-            if one.config.get(name) != theirs:
-                raise UserError("--run", where, f"{one.name}.{name} is {theirs} in it", mend)
+        for name in sorted({*one.config, *other.config} - {"seed", "output_dir"}):
+            if _within(one, name) != _within(other, name):
+                raise UserError("--run", where, f"{one.name}.{name} is {other.config.get(name)} in it", mend)
+
+
+def _within(stage: Stage, name: str) -> str:
+    """A field's value; of what lies in the run's own folder the place in it."""
+    own = str(Path(stage.config.get("output_dir", stage.folder)).parent)
+    return json.dumps(stage.config.get(name)).replace(json.dumps(own)[1:-1], "")
 
 
 def _kept_exercise(run: Run) -> dict[str, Any]:
@@ -147,7 +173,9 @@ def results_block(content: Mapping[str, Any], reference: str = "sft") -> str:
     Raises:
         UserError: if nothing in it was measured.
     """
-    for key, block in ((SEEDS, _images), (COMPARISON, _comparison), (PAGE, _exercise)):
+    if SEEDS in content:
+        return _images(content) if "settings" in content else _summaries_by_seed(content, reference)
+    for key, block in ((COMPARISON, _comparison), (PAGE, _exercise)):
         if key in content:
             return block(content)
     return _summaries(check_metrics(content, "metrics"), reference)
@@ -165,14 +193,37 @@ def _summaries(metrics: Mapping[str, float], reference: str) -> str:
     lines = [markdown_table(table)]
     if "reward/accuracy" in metrics:
         lines.append(f"Reward-model accuracy on held-out policy pairs: {format_mean(metrics, 'reward/accuracy')}.\n")
+    return "\n".join([*lines, _explained(metrics, reference)])
+
+
+def _explained(metrics: Mapping[str, float], reference: str) -> str:
     base = system_label(reference)
     text = (
         "In brackets: 95 % bootstrap intervals. Gold win rate: share of documents on which the judge (which sees the\n"
     )
     text += f"reference) prefers the system to {base}, a tie counting half."
     has_kl = any(key.endswith("/kl") for key in metrics)
-    lines.append(text + (f" KL: from {base}, over whole sequences.\n" if has_kl else "\n"))
-    return "\n".join(lines)
+    return text + (f" KL: from {base}, over whole sequences.\n" if has_kl else "\n")
+
+
+def _summaries_by_seed(content: Mapping[str, Any], reference: str) -> str:
+    """Every system of every seed, the trivial baselines apart, and each seed's reward model."""
+    merged, names = {}, []
+    for system in systems_in(content[SEEDS][0]["metrics"]):
+        if system in BASELINES:
+            continue
+        for run in content[SEEDS]:
+            names.append(f"{system_label(system)}, seed {run['seed']}")
+            for measure in README_MEASURES:
+                for end in ("", LOW, HIGH):
+                    if (value := run["metrics"].get(f"{system}/{measure}{end}")) is not None:
+                        merged[f"{names[-1]}/{measure}{end}"] = value
+    table = systems_table(merged, names, README_MEASURES)
+    if table is None:
+        raise UserError("metrics", f"{len(content[SEEDS])} runs", "no system was evaluated", "give finished runs")
+    accuracy = [format_mean(run["metrics"], "reward/accuracy") for run in content[SEEDS]]
+    told = f"Reward-model accuracy on held-out policy pairs, seed by seed: {', '.join(accuracy)}.\n"
+    return "\n".join([markdown_table(table), told, _explained(merged, reference)])
 
 
 def _comparison(content: Mapping[str, Any]) -> str:

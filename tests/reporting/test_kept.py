@@ -127,6 +127,40 @@ def test_runs_of_image_models_one_a_seed(tmp_path: Path) -> None:
     assert readme.main([str(file), str(page), "--check"]) == 0
 
 
+def demo(folder: Path, seed: int) -> Path:
+    """A run of the whole chain with a seed of its own, its models read from its own folder."""
+    run = synthetic.write_run(folder, examples=4, hostile=False)
+    for name, model in (("sft", None), ("reward", "sft"), ("evaluate", "dpo")):
+        path = run / name / "stage.json"
+        record = json.loads(path.read_text())
+        record["config"] |= {"seed": seed, "model": model and str(run / model)}
+        path.write_text(json.dumps(record | {"seed": seed, "fingerprint": f"{seed}" * 64}))
+    return run
+
+
+def test_summaries_of_several_seeds(tmp_path: Path) -> None:
+    runs = [demo(tmp_path / f"s{seed}", seed) for seed in (0, 1)]
+    better = json.loads((runs[1] / "metrics.json").read_text())
+    better |= {"ppo/gold_win_rate": 0.61, "ppo/gold_win_rate_ci_low": 0.58, "ppo/gold_win_rate_ci_high": 0.64}
+    (runs[1] / "metrics.json").write_text(json.dumps(better))
+    file, page = tmp_path / "demo_seeds.json", document(tmp_path, "demo_seeds")
+    words = [word for run in runs for word in ("--run", str(run))]
+    assert readme.main([str(file), str(page), *words]) == 0
+    text = block(page, "demo_seeds")
+    rows = [line for line in text.splitlines() if line.startswith("| ") and ", seed " in line]
+    assert [row.split("|")[1].strip() for row in rows] == [
+        f"{system}, seed {seed}" for system in ("SFT", "PPO", "DPO") for seed in (0, 1)
+    ]
+    assert cells(text, "PPO, seed 1")[4] == "61.0 (58.0–64.0)"
+    assert cells(text, "PPO, seed 0")[4] != cells(text, "PPO, seed 1")[4]
+    assert "seed by seed: 61.3 % (59.5–63.1), 61.3 % (59.5–63.1)." in text
+    assert readme.main([str(file), str(page), "--check"]) == 0
+    other = json.loads((runs[1] / "reward" / "stage.json").read_text())
+    other["config"]["model"] = str(tmp_path / "elsewhere")
+    (runs[1] / "reward" / "stage.json").write_text(json.dumps(other))
+    assert readme.main([str(file), str(page), *words]) == 2
+
+
 def test_one_seed_is_told_and_has_no_error(tmp_path: Path) -> None:
     run, page = synthetic.write_images(tmp_path / "run", 4), document(tmp_path, "mnist")
     assert readme.main([str(tmp_path / "mnist.json"), str(page), "--run", str(run)]) == 0
