@@ -12,7 +12,7 @@ ARGS ?=
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-STAGES := corpus tokenizer sft preferences reward ppo dpo evaluate
+STAGES := corpus sft preferences reward ppo dpo evaluate
 METHODS := listwise grpo rloo best_of_n known_optimum
 CHAINS := scitldr xsum_t5_small cnn_flan_t5_base mnist scratch_vs_finetuned pretraining
 PROBLEMS := hw10 hw11 hw12 hw12b hw13
@@ -40,7 +40,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[images,prompting,problems,dev]' && \
 	    echo $$(( $$(date +%s) - start )) > $@
 
-demo: $(STAMP) ## corpus -> tokenizer -> SFT -> preferences -> reward model -> PPO -> DPO -> evaluation -> report
+demo: $(STAMP) ## corpus -> SFT of the shipped T5 -> preferences -> reward model -> PPO -> DPO -> evaluation -> report
 	@$(BIN)/genalign run demo $(ARGS)
 
 $(STAGES): $(STAMP)

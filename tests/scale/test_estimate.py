@@ -147,10 +147,10 @@ def test_a_chain_is_estimated_without_data_weights_or_network(capsys):
     assert code == 0
     stages = {each["stage"]: each for each in json.loads(out)}
     assert list(stages) == ["sft", "reward", "ppo", "dpo"]
-    assert stages["sft"]["parameters"] == stages["dpo"]["parameters"] == 1_443_584
+    assert stages["sft"]["parameters"] == stages["dpo"]["parameters"] == 7_344_384
     assert stages["ppo"]["others"].keys() == {"reference", "reward model"}
     assert stages["ppo"]["cache"] > 0
-    assert stages["sft"]["steps"] == 4000
+    assert stages["sft"]["steps"] == 400
     for each in stages.values():
         assert each["total"] >= each["weights"] + each["optimizer"] + each["gradients"]
         assert each["seconds"] > 0

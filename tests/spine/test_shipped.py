@@ -31,7 +31,8 @@ def test_every_chain_is_valid_as_it_stands(name, tmp_path):
         own = [f"text.site_packages={tmp_path}"]
     configured = list(chain.configured(tmp_path / "run", own))
     if "preferences" in chain.stages and "policy_gradient" not in chain.stages:  # the problem set's chains have more
-        assert configured == STAGES
+        # the demo's model ships with its tokenizer
+        assert configured == [stage for stage in STAGES if name != "demo" or stage != "tokenizer"]
     else:
         assert configured == list(chain.stages)
 
