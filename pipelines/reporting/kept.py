@@ -278,7 +278,8 @@ def _exercise(content: Mapping[str, Any]) -> str:
     for entry in content["tables"].values():
         lines.append(markdown_table(exercise_table(entry)))
         lines += [entry["caption"] + "\n"] if entry["caption"] else []
-    counts = ", ".join(f"{values[key]:,} {what}" for key, what in _COUNTS.items() if key in values)
+    counted = {what: values[key] for key, what in _COUNTS.items() if key in values}
+    counts = ", ".join(f"{count:,} {what.removesuffix('s') if count == 1 else what}" for what, count in counted.items())
     texts = [f"{counts}."] if counts else []
     if "seeds" in values:
         one = "With one seed how much another would change is not known."
