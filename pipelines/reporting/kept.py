@@ -87,9 +87,10 @@ def kept(runs: Sequence[Run]) -> dict[str, Any]:
         evaluated = [_the(run, "evaluate", "settings.json") for run in runs]
         if all(evaluated):
             return {SEEDS: _seeds(runs, evaluated, lambda run, _: run.metrics)}
-        without = next(run for run, *found in zip(runs, measured, evaluated, strict=True) if not any(found))
-        mend = "give one run, or several finished ones of one kind, one a seed"
-        raise UserError("--run", str(without.folder), "has measured no image models and no summaries", mend)
+        what, found = ("image models", measured) if any(measured) else ("summaries", evaluated)
+        without = next(run for run, stage in zip(runs, found, strict=True) if stage is None)
+        mend = "give one run, or several finished ones of image models or of summaries, one a seed"
+        raise UserError("--run", str(without.folder), f"has measured no {what}", mend)
     (run,) = runs
     if (run.folder / EXERCISE).is_file():
         return _kept_exercise(run)
@@ -221,9 +222,11 @@ def _summaries_by_seed(content: Mapping[str, Any], reference: str) -> str:
     table = systems_table(merged, names, README_MEASURES)
     if table is None:
         raise UserError("metrics", f"{len(content[SEEDS])} runs", "no system was evaluated", "give finished runs")
-    accuracy = [format_mean(run["metrics"], "reward/accuracy") for run in content[SEEDS]]
-    told = f"Reward-model accuracy on held-out policy pairs, seed by seed: {', '.join(accuracy)}.\n"
-    return "\n".join([markdown_table(table), told, _explained(merged, reference)])
+    lines = [markdown_table(table)]
+    if "reward/accuracy" in content[SEEDS][0]["metrics"]:
+        accuracy = ", ".join(format_mean(run["metrics"], "reward/accuracy") for run in content[SEEDS])
+        lines.append(f"Reward-model accuracy on held-out policy pairs, seed by seed: {accuracy}.\n")
+    return "\n".join([*lines, _explained(merged, reference)])
 
 
 def _comparison(content: Mapping[str, Any]) -> str:

@@ -6,7 +6,8 @@ The results stand between the lines ``<!-- results:begin -->`` and ``<!-- result
 them names each by its file: ``<!-- results:begin prompting -->`` and ``<!-- results:end prompting -->`` for
 ``prompting.json``. With ``--run`` the file is taken from a run first (of summarization systems, of a comparison of
 prompts, of image models or of an exercise), and ``*_run.json`` beside it notes how long each stage took, and where; of
-summaries also how they were generated. Several runs of image models, one a seed, each have their own ``--run``.
+summaries also how they were generated. Several runs of image models or of summaries, one a seed, each have their own
+``--run``.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
         type=Path,
         metavar="DIR",
         action="append",
-        help="first take the results and times of this run; several times for runs of image models that differ in seed",
+        help="first take the results and times of this run; several times for runs that differ in the seed alone",
     )
     options = parser.parse_args(arguments)
     if options.check and options.run:
