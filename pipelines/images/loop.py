@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 ORDER, PIXELS, NOISE, DROPOUT, SAMPLES, TEST_PIXELS, TEST_NOISE = range(7)
 """What random numbers are for: the second of the keys of ``seeded``."""
+CLOCKS = ("train_runtime", "train_cpu_runtime")
+"""Entries of the log: seconds of training by the clock and by the processor."""
 
 
 def seeded(seed: int, *keys: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -59,6 +61,29 @@ def new_accelerator(config: ImageTrainingConfig) -> Accelerator:
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=config.output_dir,
     )
+
+
+class Clock:
+    """Time that training took, from ``start`` to ``stop``, by the clock and by the processor (of all threads).
+
+    Args:
+        train_runtime: seconds by the clock, so far.
+        train_cpu_runtime: seconds of processor time of this process, so far.
+    """
+
+    def __init__(self, train_runtime: float = 0.0, train_cpu_runtime: float = 0.0):
+        self._sums = [train_runtime, train_cpu_runtime]
+
+    def start(self) -> None:
+        self._since = [time.monotonic(), time.process_time()]
+
+    def stop(self) -> None:
+        now = [time.monotonic(), time.process_time()]
+        self._sums = [total + end - begin for total, end, begin in zip(self._sums, now, self._since, strict=True)]
+
+    def read(self) -> dict[str, float]:
+        """The two sums by name; what ran since the last ``start`` is not in them."""
+        return {name: round(value, 3) for name, value in zip(CLOCKS, self._sums, strict=True)}
 
 
 class Loop:
@@ -102,7 +127,7 @@ class Loop:
             for name in (method.averaged if config.ema_decay else ())
         }
         self._trained = Trained(method.parts, self.optimizers, self.schedulers, self.averages, accelerator.scaler)
-        self.step, self.seconds, self.log = 0, 0.0, []
+        self.step, self.log, self._clock = 0, [], Clock()
         self._order: tuple[int, Tensor] | None = None
 
     # ---------------------------------------------------------------------------------------------------------- batches
@@ -177,8 +202,8 @@ class Loop:
             given = {self.config.report_to: {"name": run_name(self.config.output_dir)}}
             self.accelerator.init_trackers(name, init_kwargs={} if name == LOGS else given)
         sums: dict[str, Tensor] = {}
-        start = time.monotonic()
         self._train_mode(True)
+        self._clock.start()
         for _ in tqdm(range(self.step, self.steps), initial=self.step, total=self.steps, disable=not main):
             self._seed_dropout()
             batches = self._batches()
@@ -188,17 +213,18 @@ class Loop:
             self.step += 1
             last = self.step == self.steps
             if self.step % self.config.logging_steps == 0 or last:
-                self.seconds += time.monotonic() - start
+                self._clock.stop()
                 self._write_log(sums)
-                sums, start = {}, time.monotonic()
+                sums = {}
+                self._clock.start()
             watch = [every and self.step % every == 0 for every in (self.config.sample_steps, self.config.eval_steps)]
             save = self.step % self.config.save_steps == 0 or last
             if save or any(watch):
-                self.seconds += time.monotonic() - start
+                self._clock.stop()
                 self._watch(*watch)
                 if save:
                     self._save()
-                start = time.monotonic()
+                self._clock.start()
         if self.config.report_to != "none":
             self.accelerator.end_training()
         for name, average in self.averages.items():
@@ -236,7 +262,7 @@ class Loop:
 
     def _note(self, entry: dict[str, float]) -> None:
         place = {"step": self.step, "epoch": round(self.step / self.steps_per_epoch, 4)}
-        self.log.append(entry | place | {"train_runtime": round(self.seconds, 3)})
+        self.log.append(entry | place | self._clock.read())
         if self.config.report_to != "none":
             counted = {"epoch": place["epoch"]} | (
                 {} if self.config.report_to == "tensorboard" else {"global_step": self.step}
@@ -278,7 +304,7 @@ class Loop:
     def _save(self) -> None:
         folder = checkpoint_folder(Path(self.config.output_dir) / CHECKPOINTS, self.step)
         if self.accelerator.is_main_process:
-            plain = {"step": self.step, "seconds": self.seconds, "log": self.log}
+            plain = {"step": self.step, "clock": self._clock.read(), "log": self.log}
             write_state(folder, self._trained, plain)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
@@ -291,7 +317,7 @@ class Loop:
         checkpoint = last_checkpoint(self.config)
         if checkpoint is not None:
             plain = read_state(Path(checkpoint), self._trained)
-            self.step, self.seconds, self.log = plain["step"], plain["seconds"], plain["log"]
+            self.step, self.log, self._clock = plain["step"], plain["log"], Clock(**plain["clock"])
 
 
 @torch.no_grad()

@@ -98,8 +98,8 @@ def run_method(
     """Load images, build a method, train it, measure it, draw it and save its pipeline into ``output_dir``.
 
     The folder is then that of a diffusers pipeline, with ``log_history.json``, ``timing.json`` (seconds of training by
-    step, measuring and drawing left out), ``samples.png`` (10×20; a class a row, where the model is conditional), the
-    method's own pictures and ``samples/`` (while it trained) beside it.
+    step, by the clock and by the processor, measuring and drawing left out), ``samples.png`` (10×20; a class a row,
+    where the model is conditional), the method's own pictures and ``samples/`` (while it trained) beside it.
 
     Args:
         config: of the stage.
@@ -171,13 +171,13 @@ def shown_images(test: Images, config: ImageTrainingConfig) -> Batch:
 def _save(loop: Loop, history: list[dict[str, Any]], shown: Batch, classes: int) -> None:
     import torch
 
-    from pipelines.images.loop import SAMPLES, seeded
+    from pipelines.images.loop import CLOCKS, SAMPLES, seeded
     from pipelines.images.pictures import save_grid
     from pipelines.stage import write_json
 
     method, folder = loop.method, Path(loop.config.output_dir)
     write_history(history, folder)
-    write_json(folder / "timing.json", [{key: entry[key] for key in ("step", "train_runtime")} for entry in loop.log])
+    write_json(folder / "timing.json", [{key: entry[key] for key in ("step", *CLOCKS)} for entry in loop.log])
     rows, columns = SAMPLE_GRID
     labels = torch.arange(rows, device=loop.device).repeat_interleave(columns) % classes  # a class a row
     generator = seeded(loop.config.seed, SAMPLES, 1, device=loop.device)

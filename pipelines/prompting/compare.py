@@ -18,7 +18,7 @@ from pipelines.config import INERT, Source, StageConfig, config, nearest
 from pipelines.errors import Problem, UserError
 from pipelines.prompting.backends_fields import name_problems
 from pipelines.prompting.soft import RESULTS_FILE
-from pipelines.stage import write_json
+from pipelines.stage import read_stage, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -171,6 +171,23 @@ def _value(line: Mapping[str, Any], metric: str, references: Mapping[str, Sequen
     return float(rouge([line["answer"] or ""], [right], (metric,))[metric][0])
 
 
+def baseline_points(metrics: Mapping[str, float], metric: str) -> list[dict[str, Any]]:
+    """What needs no model (``hard/NAME/METRIC``: a rule, the first sentence), as a stage of hard prompts measured it.
+
+    Args:
+        metrics: of that stage; those of models have one more part.
+        metric: ``accuracy`` or ``rouge1``.
+    """
+    names = [key.split("/")[1] for key in metrics if key.count("/") == 2 and key.endswith(f"/{metric}")]
+    points = []
+    for name in names:
+        value = metrics[f"hard/{name}/{metric}"]  # guessing has no interval
+        low, high = (metrics.get(f"hard/{name}/{metric}_ci_{end}", value) for end in ("low", "high"))
+        numbers = {"trained": 0, "examples": 0, "value": value, "low": low, "high": high, "seeds": []}
+        points.append(numbers | {"kind": "baseline", "label": name})
+    return points
+
+
 def best_of(systems: Sequence[System]) -> System:
     """The system of the highest mean; the first of equals."""
     return max(systems, key=lambda system: system.values.mean())
@@ -204,11 +221,13 @@ def compare(config: CompareConfig) -> dict[str, float]:
     learnt = {name: learnt_systems(name, table, ids) for name, table in tables.items()}
     groups = dict(zip(tables[first]["ids"], tables[first]["groups"], strict=True))
     best = best_of(prompts)
+    measured = read_stage(Path(config.hard[0]).expanduser()) or {}
+    points = baseline_points(measured.get("metrics", {}), metric)
     metrics = {"compare/examples": float(len(ids)), "compare/seeds": float(len(config.hard))}
     metrics["compare/best_hard/shots"] = float(best.examples)
-    points = [_point(config, BEST, system, None, metrics if system is best else {}, metric) for system in prompts]
-    for number, system in enumerate(prompts):
-        points[number] |= {"kind": "hard", "label": system.name, "best": system is best}
+    for system in prompts:
+        point = _point(config, BEST, system, None, metrics if system is best else {}, metric)
+        points.append(point | {"kind": "hard", "label": system.name, "best": system is best})
     _of_groups(config, f"compare/{BEST}/{metric}", best, ids, groups, metrics)
     for name, systems in learnt.items():
         metrics[f"compare/{name}/trainable_parameters"] = float(systems[0].trained)

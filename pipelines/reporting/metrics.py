@@ -97,6 +97,7 @@ MEASURES: dict[str, Measure] = {
     "parameters": Measure("Parameters", digits=0),
     "steps": Measure("Steps", digits=0),
     "train_runtime": Measure("Training", "minutes", digits=1, scale=1 / 60),
+    "train_cpu_runtime": Measure("Training", "CPU minutes", digits=1, scale=1 / 60),
     "seconds_a_sample": Measure("Sampling", "ms an image", digits=2, scale=1000.0),
 }
 

@@ -123,6 +123,22 @@ def test_the_table_and_figure_show_every_point(made, tmp_path):
     assert {"trained parameters", "soft", "lora", "written"} <= set(texts)
 
 
+def test_what_needs_no_model_stands_first_and_is_measured_once(made, tmp_path):
+    """A rule with its interval, guessing without one; metrics of models have one part more and are no baselines."""
+    rules = {"hard/spelling_rules/accuracy": 0.9, "hard/chance/accuracy": 0.25, "hard/m/few_3/accuracy": 0.6}
+    ends = {"hard/spelling_rules/accuracy_ci_low": 0.8, "hard/spelling_rules/accuracy_ci_high": 0.95}
+    (tmp_path / "hard0" / "stage.json").write_text(json.dumps({"fingerprint": "f", "metrics": rules | ends}))
+    compare(validate(CompareConfig, made[0]))
+    comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    found = {point["label"]: point for point in comparison["points"] if point["kind"] == "baseline"}
+    assert found.keys() == {"spelling_rules", "chance"}
+    assert [found["spelling_rules"][key] for key in ("value", "low", "high")] == [0.9, 0.8, 0.95]
+    table = markdown_table(compared(comparison)).splitlines()
+    assert table[2] == "| The rules of spelling | – | – | 90.0 (80.0–95.0) | – | – |"
+    assert table[3] == "| Chance | – | – | 25.0 | – | – |"
+    assert table[4].startswith("| few 0 | – | 0 |")
+
+
 def test_summaries_are_compared_by_rouge(tmp_path):
     hard = [write_hard(tmp_path / "hard", {"tldr": (0, [1] * 20 + [0] * 20)})]
     learnt = write_learnt(tmp_path / "soft", {(64, 0): [80.0] * 40}, task="summarization", metric="rouge1")

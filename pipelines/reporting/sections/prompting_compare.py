@@ -13,6 +13,7 @@ from pipelines.reporting import plots
 from pipelines.reporting.metrics import Measure
 from pipelines.reporting.page import Section, figure, heading, join
 from pipelines.reporting.run import Run, anchor
+from pipelines.reporting.sections.prompting import BASELINES
 from pipelines.reporting.tables import Cell, Table, html_table
 
 KINDS = ("compare",)
@@ -45,19 +46,23 @@ def prompting_compare(run: Run) -> Section | None:
 
 
 def compared(comparison: Mapping[str, Any]) -> Table:
-    """Written prompts in the order they were asked, then what was learnt, on most examples first."""
+    """What needs no model, written prompts in the order they were asked, what was learnt, on most examples first."""
     label, measure, difference = _SHOWN[comparison["metric"]]
     rows = []
     for point in comparison["points"]:
-        name = point["label"].replace("_", " ") + (" (the best)" if point.get("best") else "")
-        seeds = ", ".join(measure.number(value) for value in point["seeds"])
+        trivial = point["kind"] == "baseline"
+        name = BASELINES.get(point["label"], point["label"]) if trivial else point["label"].replace("_", " ")
+        seeds = ", ".join(measure.number(value) for value in point["seeds"]) or "–"
         gain = point.get("gain")
         rows.append(
             [
-                Cell(name),
+                Cell(name + (" (the best)" if point.get("best") else "")),
                 Cell(f"{point['trained']:,}" if point["kind"] == "learnt" else "–"),
-                Cell(f"{point['examples']:,}"),
-                Cell(measure.number(point["value"]), _ends(measure, point["low"], point["high"])),
+                Cell("–" if trivial else f"{point['examples']:,}"),
+                Cell(
+                    measure.number(point["value"]),
+                    _ends(measure, point["low"], point["high"]) if point["low"] < point["high"] else "",
+                ),
                 Cell("–") if gain is None else Cell(difference.number(gain[0]), _ends(difference, *gain[1:])),
                 Cell(seeds),
             ]
