@@ -11,12 +11,13 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from pipelines.config import INERT, Source, config
 from pipelines.corpus.fields import EMBEDDED, CorpusFields
+from pipelines.distributed import Strategy
 from pipelines.errors import Problem, UserError
 from pipelines.prompting.tasks import Task, TaskFields
 from pipelines.seq2seq.training import TrainingConfig
@@ -33,6 +34,8 @@ _HELD_OUT = 400  # words of the other tasks that are kept for these
 @config
 class WordModelConfig(TaskFields, TrainingConfig):
     """Train a small Llama on in-context word tasks."""
+
+    parallelism: ClassVar[tuple[Strategy, ...]] = ("ddp", "fsdp")
 
     output_dir: str = Field("runs/word_model", description="folder the stage writes into", json_schema_extra=INERT)
     text: Source = Field(
@@ -145,10 +148,11 @@ def word_model(config: WordModelConfig) -> dict[str, float]:
         UserError: unusable data, no ``inflect``, a text with too few words, a row too short for nine lines.
     """
     from accelerate import PartialState
-    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+    from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, set_seed
 
     from pipelines.prompting.tasks import load_task
     from pipelines.prompting.word_model_data import Episodes, character_tokenizer
+    from pipelines.seq2seq.sharded import TrainerInParts, save_whole, whole
     from pipelines.seq2seq.training import (
         checkpoint_marker,
         last_checkpoint,
@@ -190,7 +194,7 @@ def word_model(config: WordModelConfig) -> dict[str, float]:
         train_sampling_strategy="sequential",
         eval_strategy="no",
     )
-    trainer = Trainer(
+    trainer = TrainerInParts(
         model=model, args=arguments, train_dataset=episodes, processing_class=tokenizer, callbacks=[checkpoint_marker()]
     )
     trainer.optimizer_cls_and_kwargs = optimizer_choice(config)
@@ -199,10 +203,11 @@ def word_model(config: WordModelConfig) -> dict[str, float]:
     trained = trainer.accelerator.unwrap_model(trainer.model)
     rows["often"] = {}
     fresh = Episodes(held_out, tokenizer, count=_EPISODES, seed=config.seed + 2**32, **rows)
-    metrics |= _measured(trained, fresh, tokenizer, config.eval_batch_size)
+    with whole(trained):
+        metrics |= _measured(trained, fresh, tokenizer, config.eval_batch_size)
+    folder = Path(config.output_dir)
+    save_whole(trained, folder, main=state.is_main_process)
     if state.is_main_process:
-        folder = Path(config.output_dir)
-        trained.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         _save_nouns(task, folder / NOUNS_FOLDER)
     state.wait_for_everyone()

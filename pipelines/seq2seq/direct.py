@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from pydantic import Field
 
 from pipelines.config import Problem, Source, config
+from pipelines.distributed import Strategy
 from pipelines.seq2seq.lora import LoraFields, load_policy, lora_settings, merged
 from pipelines.seq2seq.models import model_problems
 from pipelines.seq2seq.training import LengthConfig, TrainingConfig
@@ -25,6 +26,8 @@ T = TypeVar("T")
 @config
 class DirectFields(LengthConfig, LoraFields, TrainingConfig):
     """Fields that DPO and its listwise form share."""
+
+    parallelism: ClassVar[tuple[Strategy, ...]] = ("ddp", "fsdp")
 
     model: Source = Field(description="encoder-decoder to align, usually the supervised fine-tuned one; the reference")
     beta: float = Field(0.1, gt=0, description="strength of the pull to the reference, in reward units a nat")
@@ -45,6 +48,13 @@ class DirectFields(LengthConfig, LoraFields, TrainingConfig):
 
     def problems(self) -> list[Problem]:
         return super().problems() + model_problems({"model": self.model})
+
+    def launch_problems(self, strategy: Strategy) -> list[Problem]:
+        found = super().launch_problems(strategy)
+        if not found and self.lora_r and strategy != "ddp":
+            problem = "adapters are trained beside a model that is whole in each process"
+            found.append(Problem("lora_r", self.lora_r, problem, "give lora_r=0, or launch with ddp.yaml"))
+        return found
 
 
 def tokenized_splits(
@@ -137,9 +147,12 @@ def scored_and_saved(
     """
     from accelerate import PartialState
 
-    found = score(policy), score(load_policy(settings.model).to(next(policy.parameters()).device))
+    from pipelines.seq2seq.sharded import save_whole, whole
+
+    with whole(policy):
+        found = score(policy), score(load_policy(settings.model).to(next(policy.parameters()).device))
+    save_whole(policy, settings.output_dir, main=PartialState().is_main_process)
     if PartialState().is_main_process:
-        policy.save_pretrained(settings.output_dir)
         tokenizer.save_pretrained(settings.output_dir)
     PartialState().wait_for_everyone()
     return found

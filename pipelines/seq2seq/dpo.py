@@ -8,6 +8,7 @@ from pydantic import Field
 
 from pipelines.config import INERT, Problem, config
 from pipelines.corpus.fields import PreferenceFields, StreamFields
+from pipelines.distributed import Strategy
 from pipelines.errors import UserError
 from pipelines.seq2seq.direct import DirectFields, scored_and_saved, tokenized_splits, train_directly
 from pipelines.seq2seq.lora import load_policy
@@ -90,6 +91,13 @@ class DPOStageConfig(StreamFields, PreferenceFields, DirectFields):
         if self.sync_ref_model and self.lora_r:
             problem = "under LoRA the reference is the model with its adapters off, which does not move"
             found.append(Problem("sync_ref_model", True, problem, "give lora_r=0, or sync_ref_model=false"))
+        return found
+
+    def launch_problems(self, strategy: Strategy) -> list[Problem]:
+        found = super().launch_problems(strategy)
+        if not found and self.sync_ref_model and strategy != "ddp":
+            problem = "a reference in parts cannot be moved and saved"
+            found.append(Problem("sync_ref_model", True, problem, "leave it out, or launch with ddp.yaml"))
         return found
 
 

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
+from pipelines.distributed import launched_strategy
 from pipelines.errors import UserError
 from pipelines.seq2seq.collators import (
     PAIR_COLUMNS,
@@ -34,6 +35,7 @@ from pipelines.seq2seq.collators import (
 from pipelines.seq2seq.held_out import HeldOutMeans
 from pipelines.seq2seq.losses import sequence_sum
 from pipelines.seq2seq.scoring import score_in_one_pass
+from pipelines.seq2seq.sharded import InParts, share_embedding
 from pipelines.seq2seq.shared_attention import can_share
 from pipelines.seq2seq.stacks import run_encoder, source_name, unwrap
 from pipelines.seq2seq.training import LengthConfig
@@ -49,7 +51,7 @@ from pipelines.seq2seq.view import (
 REFERENCE_FILE = "reference.safetensors"
 
 
-class EncoderDecoderDPOTrainer(HeldOutMeans, GroupedByLength, DPOTrainer):
+class EncoderDecoderDPOTrainer(HeldOutMeans, GroupedByLength, InParts, DPOTrainer):
     """TRL's DPOTrainer for encoder-decoder models; each source is encoded once for chosen and rejected.
 
     Args:
@@ -61,7 +63,8 @@ class EncoderDecoderDPOTrainer(HeldOutMeans, GroupedByLength, DPOTrainer):
         lengths: prefix and lengths of the texts.
         eval_dataset: as ``train_dataset``, or None.
         ref_model: the reference; by default a copy of the model, or the model without its adapter under LoRA. Under
-            ``precompute_ref_log_probs`` the model itself before its first step, and no copy is kept.
+            ``precompute_ref_log_probs`` the model itself before its first step, and no copy is kept (in parts, one is
+            made for that).
         peft_config: LoRA settings, or None.
         collate_sources: makes the encoder's batch from examples, e.g. by an image processor; all columns reach it.
             By default token ids are padded, and features stacked.
@@ -94,8 +97,10 @@ class EncoderDecoderDPOTrainer(HeldOutMeans, GroupedByLength, DPOTrainer):
         self._unchecked = True
         as_view(model)
         by_adapter = peft_config is not None or is_peft_model(model)
-        if ref_model is None and not by_adapter and not args.precompute_ref_log_probs:
-            # TRL would load the checkpoint again by name and put its fused head on the plain class.
+        in_parts, own_reference = launched_strategy() == "fsdp", ref_model is None
+        if own_reference and not by_adapter and (in_parts or not args.precompute_ref_log_probs):
+            # TRL would load the checkpoint again by name and put its fused head on the plain class; in parts also to
+            # precompute, because the policy is not cut before it trains.
             ref_model = copy.deepcopy(model)
         if ref_model is not None:
             as_view(ref_model)
@@ -107,6 +112,8 @@ class EncoderDecoderDPOTrainer(HeldOutMeans, GroupedByLength, DPOTrainer):
                 silence_dropout(ref_model)
         for each in filter(None, (model, ref_model)):
             can_share(each)  # found out here, where parameters are not in shards yet
+        if ref_model is not None and in_parts:
+            share_embedding(ref_model)  # TRL cuts it as it is given
         args.max_length = None
         inner, pad_id = unwrap(model), processing_class.pad_token_id
         self._text = collate_sources is None and source_name(inner) == "input_ids"
@@ -124,6 +131,8 @@ class EncoderDecoderDPOTrainer(HeldOutMeans, GroupedByLength, DPOTrainer):
             callbacks=callbacks,
             peft_config=peft_config,
         )
+        if own_reference and args.precompute_ref_log_probs:
+            self.ref_model = None
         outputs = ("entropy", "mean_logits", "is_top1", *(("log_sum_sq_probs",) if self.use_weighting else ()))
         if self.accelerator.mixed_precision == "no":
             score_in_one_pass(unwrap(self.model), outputs)

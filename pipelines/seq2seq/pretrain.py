@@ -17,6 +17,7 @@ from pydantic import Field
 
 from pipelines.config import INERT, config, fields_of
 from pipelines.corpus.fields import StreamFields, TextFields
+from pipelines.distributed import Strategy
 from pipelines.errors import Problem, UserError
 from pipelines.seq2seq.scratch import ScratchConfig, load_or_new
 from pipelines.seq2seq.training import LengthConfig, TrainingConfig
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 @config
 class PretrainConfig(ScratchConfig, StreamFields, TextFields, LengthConfig, TrainingConfig):
     """Pretrain a T5 from scratch, or go on with a given model."""
+
+    parallelism: ClassVar[tuple[Strategy, ...]] = ("ddp", "fsdp")
 
     output_dir: str = Field("runs/pretrain", description="folder the stage writes into", json_schema_extra=INERT)
     span_weight: float = Field(1.0, ge=0, description="share of span corruption among the batches (any scale)")

@@ -19,6 +19,7 @@ from pipelines.seq2seq.metrics import rouge
 from pipelines.seq2seq.pretrain_data import IGNORED, Arrays, Mixture, Objective, model_inputs, seed_of
 from pipelines.seq2seq.pretrain_speed import SummedCrossEntropy
 from pipelines.seq2seq.sft_trainer import SFTTrainer
+from pipelines.seq2seq.sharded import whole
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
@@ -147,7 +148,8 @@ class PretrainTrainer(SFTTrainer):
         """
         start = time.monotonic()
         model = self.accelerator.unwrap_model(self.model)
-        found = self._losses(model, self.settings.precision) | self._rouge(model)
+        with whole(model):
+            found = self._losses(model, self.settings.precision) | self._rouge(model)
         logs = {f"eval_{name}": value for name, value in found.items()}
         self.log(logs | {"eval_runtime": round(time.monotonic() - start, 2)})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)

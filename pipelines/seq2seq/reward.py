@@ -9,6 +9,7 @@ from pydantic import Field
 
 from pipelines.config import INERT, Problem, Source, config
 from pipelines.corpus.fields import PreferenceFields, StreamFields
+from pipelines.distributed import Strategy
 from pipelines.errors import UserError
 from pipelines.seq2seq.direct import tokenized_splits
 from pipelines.seq2seq.models import model_problems
@@ -18,6 +19,8 @@ from pipelines.seq2seq.training import LengthConfig, TrainingConfig
 @config
 class RewardConfig(StreamFields, PreferenceFields, LengthConfig, TrainingConfig):
     """Train a reward model on preference pairs: the encoder reads the document, the decoder each summary."""
+
+    parallelism: ClassVar[tuple[Strategy, ...]] = ("ddp", "fsdp")
 
     output_dir: str = Field("runs/reward", description="folder the stage writes into", json_schema_extra=INERT)
     model: Source = Field(description="encoder-decoder to start from, usually the supervised fine-tuned one")
@@ -66,6 +69,7 @@ def reward(config: RewardConfig) -> dict[str, float]:
     from pipelines.seq2seq.models import load_tokenizer
     from pipelines.seq2seq.reward_model import EncoderDecoderRewardModel
     from pipelines.seq2seq.reward_trainer import RewardTrainer, calibration, score_pairs
+    from pipelines.seq2seq.sharded import save_whole, whole
     from pipelines.seq2seq.streamed import RememberStream, resume_stream, streamed_preferences
     from pipelines.seq2seq.view import silence_dropout
     from pipelines.stage import write_json
@@ -120,18 +124,16 @@ def reward(config: RewardConfig) -> dict[str, float]:
 
     folder, main = Path(config.output_dir), PartialState().is_main_process
     model = trainer.accelerator.unwrap_model(trainer.model)
-    chosen, rejected = score_pairs(model, pairs["test"], tokenizer.pad_token_id, config.eval_batch_size)
-    train_chosen, train_rejected = score_pairs(
-        model,
-        pairs["train"].select(range(min(1000, len(pairs["train"])))),
-        tokenizer.pad_token_id,
-        config.eval_batch_size,
-    )
+    seen = pairs["train"].select(range(min(1000, len(pairs["train"]))))
+    with whole(model):
+        (chosen, rejected), (train_chosen, train_rejected) = (
+            score_pairs(model, some, tokenizer.pad_token_id, config.eval_batch_size) for some in (pairs["test"], seen)
+        )
     if not (np.isfinite(chosen).all() and np.isfinite(rejected).all()):
         raise UserError("learning_rate", config.learning_rate, "the reward model gives NaN scores", "lower it")
     bins, calibration_error = calibration(chosen, rejected, config.calibration_bins)
+    save_whole(model, folder, main=main)
     if main:
-        model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_json(folder / "calibration.json", bins)
     PartialState().wait_for_everyone()

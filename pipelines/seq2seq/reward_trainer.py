@@ -21,9 +21,10 @@ from pipelines.seq2seq.held_out import HeldOutMeans
 from pipelines.seq2seq.losses import bradley_terry_loss
 from pipelines.seq2seq.metrics import calibration_bins
 from pipelines.seq2seq.reward_model import EncoderDecoderRewardModel, score_tokens
+from pipelines.seq2seq.sharded import InParts
 
 
-class RewardTrainer(HeldOutMeans, GroupedByLength, Trainer):
+class RewardTrainer(HeldOutMeans, GroupedByLength, InParts, Trainer):
     """Fits a reward model to preference pairs.
 
     Args:

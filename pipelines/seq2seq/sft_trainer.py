@@ -18,7 +18,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from pipelines.corpus.token_cache import CACHED_FROM, made_once, token_folder
 from pipelines.seq2seq.pretrain_data import TokenRows, TokenWriter
-from pipelines.seq2seq.sharded import share_embedding, without_tied
+from pipelines.seq2seq.sharded import InParts
 from pipelines.seq2seq.training import LengthConfig, tokenize_sources, tokenize_targets
 from pipelines.stage import write_json
 
@@ -214,7 +214,7 @@ class ExampleSchedule(Dataset):
         return self.pairs.item(index, [*source[max(0, start) :][: self.copy_length], self.end])
 
 
-class SFTTrainer(Seq2SeqTrainer):
+class SFTTrainer(InParts, Seq2SeqTrainer):
     """``Seq2SeqTrainer`` whose evaluation loss is plain nats a token, whatever the batches and the label smoothing."""
 
     schedule: ExampleSchedule
@@ -224,8 +224,6 @@ class SFTTrainer(Seq2SeqTrainer):
         # T5, BART and others take the number of tokens in a step, so the Trainer believes, and average over their own
         # part of the batch all the same: a step of several devices or parts would be several times too long.
         super().__init__(*args, compute_loss_func=self._mean_loss, compute_metrics=self._nats_a_token, **kwargs)
-        if self.is_fsdp_enabled:
-            share_embedding(self.model)
 
     def _nats_a_token(self, prediction: EvalPrediction) -> dict[str, float]:
         """Nats a token over all held-out examples; of a mixture, of each set and their mean by the sets' weights."""
@@ -268,9 +266,6 @@ class SFTTrainer(Seq2SeqTrainer):
         # The whole run is one epoch to the Trainer (see ExampleSchedule); readers want passes over the data.
         self.state.epoch = round(self.schedule.epoch_at(self.state.global_step), 4)
         super().log(logs, *args, **kwargs)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict if state_dict is None else without_tied(self.model, state_dict))
 
     def save_plain(self, folder: str | Path, max_new_tokens: int) -> None:
         """Write the model, its tokenizer and plain generation settings, as any transformers user reads them."""

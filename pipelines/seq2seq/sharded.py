@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, Trainer
 
 
 def share_embedding(model: PreTrainedModel) -> None:
@@ -35,3 +40,57 @@ def without_tied(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, 
     """
     tied = getattr(model, "all_tied_weights_keys", {})
     return {name: value for name, value in state.items() if tied.get(name) not in state}
+
+
+class InParts:
+    """Mixin of Trainers whose models FSDP2 may cut into parts."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled:
+            share_embedding(self.model)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict if state_dict is None else without_tied(self.model, state_dict))
+
+
+class TrainerInParts(InParts, Trainer):
+    """transformers' ``Trainer`` of a model that may be in parts."""
+
+
+@contextlib.contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """Within, each process holds all weights of a model in parts, to measure it; others are left as they are.
+
+    Only the forward of a model in parts gathers what it needs; what reads weights beside it, or calls the forward on
+    some processes more often than on others, has to stand in here. All processes have to enter and leave.
+    """
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(True, recurse=False)
+            part.reshard()
+
+
+def save_whole(model: PreTrainedModel, folder: str | Path, *, main: bool) -> None:
+    """``save_pretrained`` by one process, of a model that may be in parts. All processes have to call this.
+
+    Args:
+        model: of the run.
+        folder: written into.
+        main: whether this process writes.
+    """
+    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+        if main:
+            model.save_pretrained(folder)
+        return
+    state = {
+        name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in model.state_dict().items()
+    }
+    if main:
+        model.save_pretrained(folder, state_dict=without_tied(model, state))

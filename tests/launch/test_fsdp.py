@@ -1,5 +1,6 @@
-"""Fully sharded training on the CPU: SFT ends with the weights of one process; what cannot be cut is said early."""
+"""Fully sharded training on the CPU ends with the weights of one process; what cannot be cut is said before work."""
 
+import json
 import os
 import shutil
 import signal
@@ -9,12 +10,17 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
+from pipelines.config import validate
+from pipelines.runner import list_recipes
 from tests.chain.conftest import CHAIN, digests
 from tests.launch.conftest import ROOT
 from tests.launch.test_killed_rank import Forked, checkpoint_in, wait_for
+from tests.prompting.conftest import write_word_files
 
 _STEPS = ["copy_steps=2", "max_steps=10", "save_steps=4", "logging_steps=2", "dropout=0.0", "optimizer=adamw"]
 _STEPS += ["learning_rate=0.002", "lr_scheduler=constant", "warmup_ratio=0.0", "report_to=none"]
+_SMALL = ["max_source_length=40", "max_target_length=12", "precision=fp32", "logging_steps=2", "save_steps=4"]
+_SMALL += ["max_steps=8", "report_to=none", "learning_rate=0.002"]
 _CPU = {"ACCELERATE_USE_CPU": "true"}
 
 
@@ -70,11 +76,77 @@ def test_sft_in_parts_begins_afresh_when_it_was_killed(begun, fsdp, tmp_path):
     assert digests(killed) == digests(whole)
 
 
+def ends_alike(server, fsdp, recipe: str, words: list[str], folder: Path, batch_size: int = 8) -> tuple[Path, Path]:
+    """Train in one process and in two with the weights in parts; compare what is left. Returns both stages' folders."""
+    one, parts = folder / "one", folder / "parts"
+    code, printed = server.run("--recipe", recipe, *words, f"batch_size={batch_size}", f"output_dir={one}")
+    assert code == 0, printed[-3000:]
+    launch = [*fsdp, *disturbed(folder / "ranks"), str(ROOT / "recipes" / f"{recipe}.py"), *words]
+    launch += [f"batch_size={batch_size // 2}", f"output_dir={parts}"]
+    code, _, errors = server.answer("--launch", *launch, cwd=ROOT, env=_CPU)
+    assert code == 0, errors[-3000:]
+    assert [(folder / "ranks" / f"parameters-{rank}").read_text() for rank in range(2)] == ["DTensor"] * 2
+    weights = [load_file(path / "model.safetensors") for path in (one, parts)]
+    assert weights[0].keys() == weights[1].keys()
+    assert max(float(abs(weights[0][name] - weights[1][name]).max()) for name in weights[0]) <= 1e-5
+    metrics = [json.loads((path / "stage.json").read_text())["metrics"] for path in (one, parts)]
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-4, abs=1e-4)
+    architectures = [json.loads((path / "config.json").read_text())["architectures"] for path in (one, parts)]
+    assert architectures[0] == architectures[1]
+    return one, parts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("reward", ["preferences={}/preferences", "dropout=false"]),
+        ("dpo", ["preferences={}/preferences"]),
+        ("dpo", ["preferences={}/preferences", "precompute_ref_log_probs=false"]),
+        ("listwise", ["rankings={}/preferences/rankings"]),
+    ],
+    ids=["reward", "dpo-cached", "dpo-online", "listwise"],
+)
+def test_alignment_in_parts_ends_with_the_weights_of_the_whole(preferred, fsdp, tmp_path, recipe, words):
+    words = [word.format(preferred.folder) for word in words] + [f"model={preferred.folder / 'sft'}", *_SMALL]
+    _, parts = ends_alike(preferred.server, fsdp, f"summarization/{recipe}", words, tmp_path)
+    began = load_file(preferred.folder / "sft" / "model.safetensors")
+    after = load_file(parts / "model.safetensors")
+    # A reward model's names begin with that of its trunk.
+    moved = [abs(after[a] - began[b]).max() for a in after for b in began if a == b or a.endswith(f".{b}")]
+    assert len(moved) > 10
+    assert max(moved) > 1e-3
+
+
+@pytest.mark.slow
+def test_pretraining_in_parts_ends_with_the_weights_of_the_whole(begun, fsdp, tmp_path):
+    """Summaries are written on the way, by each process as many words as it takes."""
+    from datasets import load_from_disk
+
+    documents = load_from_disk(str(begun.folder / "corpus"))["train"]["document"]
+    lines = [" ".join(documents[k].capitalize() for k in (i, i * i % 96, 5 * i % 96)) for i in range(len(documents))]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    data = [f"text={tmp_path / 'text.jsonl'}", f"pairs={begun.folder / 'corpus'}"]
+    words = [*data, f"tokenizer={begun.folder / 'tokenizer'}", *_SMALL, "d_model=32", "d_kv=8", "d_ff=64"]
+    words += ["num_layers=1", "gap_choice=principal", "eval_steps=4", "rouge_examples=7", "dropout=0.0"]
+    words += ["max_target_length=16", "text_validation_fraction=0.2"]
+    one, _ = ends_alike(begun.server, fsdp, "summarization/pretrain", words, tmp_path)
+    history = json.loads((one / "log_history.json").read_text())
+    assert sum("eval_rouge1" in entry for entry in history) >= 2
+
+
+@pytest.mark.slow
+def test_a_causal_model_in_parts_ends_with_the_weights_of_the_whole(begun, fsdp, tmp_path):
+    words = ["max_steps=6", "hidden_size=16", "intermediate_size=32", "num_layers=2", "num_heads=2", "row_length=96"]
+    words += ["at_least=1", "logging_steps=1", "save_steps=2", "precision=fp32", "report_to=none"]
+    ends_alike(begun.server, fsdp, "prompting/word_model", [*write_word_files(tmp_path), *words], tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "words", "says"),
     [
-        ("summarization/dpo", [], "error: distributed_type=fsdp: this recipe needs the whole model in each process"),
+        ("summarization/ppo", [], "error: distributed_type=fsdp: this recipe needs the whole model in each process"),
         ("images/vae", [], "error: distributed_type=fsdp: this recipe needs the whole model in each process"),
         ("summarization/sft", ["optimizer=adafactor"], "error: optimizer=adafactor: it keeps the means of whole rows"),
     ],
@@ -99,5 +171,29 @@ def test_a_chain_is_refused_stage_by_stage_before_anything_runs(begun, tmp_path)
     code, printed, errors = begun.server.answer(*words, "--launcher", "accelerate", "--config_file", file)
     assert (code, printed) == (2, "")
     refused = [line.partition("=")[0] for line in errors.splitlines()]
-    assert refused == [f"error: {stage} under" for stage in ("reward", "ppo", "dpo")]
+    assert refused == ["error: ppo under"]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "given", "says"),
+    [
+        ("dpo", {"lora_r": 4}, "lora_r=4: adapters are trained beside a model that is whole in each process"),
+        (
+            "dpo",
+            {"sync_ref_model": True, "precompute_ref_log_probs": False},
+            "sync_ref_model=True: a reference in parts cannot be moved and saved",
+        ),
+        ("listwise", {"lora_r": 4}, "lora_r=4: adapters are trained beside a model that is whole in each process"),
+    ],
+)
+def test_settings_that_need_the_whole_model_are_one_line(preferred, recipe, given, says):
+    needs = {"dpo": {"preferences": "preferences"}, "listwise": {"rankings": "preferences/rankings"}}[recipe]
+    files = {name: str(preferred.folder / place) for name, place in needs.items()}
+    config = validate(
+        dict(list_recipes())[f"summarization/{recipe}"].config_class,
+        {"model": str(preferred.folder / "sft"), **files, **given},
+    )
+    assert not config.launch_problems("ddp")
+    (problem,) = config.launch_problems("fsdp")
+    assert f"{problem.what}={problem.value}: {problem.problem}" == says

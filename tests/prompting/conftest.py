@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from tests.chain.conftest import fork_server
 from tests.prompting.tiny_causal import save, tiny_causal, tiny_tokenizer
 
 HERE = Path(__file__).parent
+SYLLABLES = "ba be bi bo da de di do fa fe ga go ka ko la le ma me na no pa pe ra re sa se ta te va vo".split()  # noqa: SIM905
 KEY_NAME, KEY = "PROMPTING_TEST_KEY", "sk-9f8e7d6c-never-to-be-written"
 
 
@@ -28,6 +30,20 @@ def prompting_cli(tmp_path_factory):
         patch.setenv(KEY_NAME, KEY)
         with fork_server(HERE / "forked_prompting.py", tmp_path_factory.mktemp("logs")) as server:
             yield server
+
+
+def write_word_files(folder: Path) -> list[str]:
+    """``key=value`` of a file of made-up nouns and one of text with made-up verbs and those nouns."""
+    draw = random.Random(0)
+    made = sorted({"".join(draw.choices(SYLLABLES, k=2)) + draw.choice("xtnmrdy") for _ in range(160)})
+    nouns, verbs = made[::2], [word for word in made[1::2] if word[-1] in "tn"]
+    (folder / "nouns.csv").write_text("word\n" + "\n".join(nouns) + "\n")
+    with (folder / "text.jsonl").open("w") as file:
+        for number in range(120):
+            verb, some = verbs[number % len(verbs)], " ".join(draw.choices(nouns, k=4))
+            document = f"{some} {verb} {verb}ed {verb}ing and {some.split()[0]}s"
+            file.write(json.dumps({"document": document, "summary": f"{some} {number}"}) + "\n")
+    return [f"dataset={folder / 'nouns.csv'}", f"text={folder / 'text.jsonl'}"]
 
 
 @pytest.fixture(scope="session")

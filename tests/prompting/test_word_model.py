@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import random
 import re
 import signal
 
@@ -18,8 +17,8 @@ from pipelines.prompting.tasks import Example, Task, load_task
 from pipelines.prompting.word_model import WordModelConfig, _often, _tasks, _usable
 from pipelines.prompting.word_model_data import Episodes, answers_right, by_position, character_tokenizer
 from tests.images.conftest import check_two_processes
+from tests.prompting.conftest import write_word_files
 
-SYLLABLES = "ba be bi bo da de di do fa fe ga go ka ko la le ma me na no pa pe ra re sa se ta te va vo".split()  # noqa: SIM905
 SMALL = ["max_steps=6", "batch_size=4", "hidden_size=16", "intermediate_size=32", "num_layers=2", "num_heads=2"]
 SMALL += ["logging_steps=1", "save_steps=2", "precision=fp32", "report_to=none", "row_length=96", "at_least=1"]
 
@@ -27,16 +26,7 @@ SMALL += ["logging_steps=1", "save_steps=2", "precision=fp32", "report_to=none",
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     """``key=value`` of a file of made-up nouns and one of text with made-up verbs and those nouns."""
-    draw, folder = random.Random(0), tmp_path_factory.mktemp("words")
-    made = sorted({"".join(draw.choices(SYLLABLES, k=2)) + draw.choice("xtnmrdy") for _ in range(160)})
-    nouns, verbs = made[::2], [word for word in made[1::2] if word[-1] in "tn"]
-    (folder / "nouns.csv").write_text("word\n" + "\n".join(nouns) + "\n")
-    with (folder / "text.jsonl").open("w") as file:
-        for number in range(120):
-            verb, some = verbs[number % len(verbs)], " ".join(draw.choices(nouns, k=4))
-            document = f"{some} {verb} {verb}ed {verb}ing and {some.split()[0]}s"
-            file.write(json.dumps({"document": document, "summary": f"{some} {number}"}) + "\n")
-    return [f"dataset={folder / 'nouns.csv'}", f"text={folder / 'text.jsonl'}", *SMALL]
+    return [*write_word_files(tmp_path_factory.mktemp("words")), *SMALL]
 
 
 def config_of(words, **more) -> WordModelConfig:
