@@ -234,6 +234,9 @@ def _laid_out(found: StageEstimate, cost: Any, launch: Launch, precision: str) -
         # What lies outside the layers is whole for the whole step, of the layers two: one at work, the next on its way.
         extra = size * (cost.outside_blocks + 2 * cost.largest_block)
         weights, gradients, optimizer = weights / n, gradients / n, optimizer / n
+        found.others = {name: held / n for name, held in found.others.items()}
+        if not found.recipe.endswith("/sft"):
+            found.after += size * cost.parameters  # they are measured whole
     elif n > 1 and launch.kind.startswith("zero"):
         if precision != "fp32":
             # DeepSpeed trains half-precision weights beside fp32 ones that the optimizer keeps.

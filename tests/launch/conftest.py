@@ -92,7 +92,7 @@ def preferred_or_begun(request):
     """The world that a recipe needs: with preferences and a reward model for those that begin with them."""
 
     def world(name: str) -> World:
-        needs = name.rpartition("/")[2] in ("reward", "dpo", "ppo")
+        needs = name.rpartition("/")[2] in ("reward", "dpo", "ppo", "listwise", "grpo", "rloo", "soft")
         return request.getfixturevalue("preferred" if needs else "begun")
 
     return world

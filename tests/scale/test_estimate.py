@@ -176,6 +176,19 @@ def test_parts_are_cut_as_the_launcher_cuts_them():
     assert found["zero3"].weights < found["zero2"].weights
 
 
+def test_what_is_measured_whole_and_the_reference_in_parts_are_counted():
+    from pipelines.estimate import DEVICES
+
+    words = ["model=google-t5/t5-small", "max_steps=10", "batch_size=1", "max_source_length=16", "max_target_length=8"]
+    words += ["precision=fp32", "preferences=p", "precompute_ref_log_probs=false"]
+    chain, one = load("summarization/dpo", None), 4 * 60_506_624
+    (single,) = estimate_chain(chain, words, DEVICES["a100-80gb"], Launch("single", 1))
+    (parts,) = estimate_chain(chain, words, DEVICES["a100-80gb"], Launch("fsdp", 8))
+    assert single.others == {"reference": one}
+    assert parts.others == {"reference": one / 8}
+    assert parts.after == single.after + one == 2 * one
+
+
 def test_copy_steps_come_on_top_of_epochs():
     from pipelines.estimate import DEVICES
 
