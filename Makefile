@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 STAGES := corpus sft preferences reward ppo dpo evaluate
 METHODS := listwise grpo rloo best_of_n known_optimum
-CHAINS := scitldr xsum_t5_small cnn_flan_t5_base mnist scratch_vs_finetuned pretraining
+CHAINS := scitldr xsum_t5_small cnn_flan_t5_base mnist mnist_long scratch_vs_finetuned pretraining
 PROBLEMS := hw10 hw11 hw12 hw12b hw13
 
 .PHONY: help install demo methods prompting images problems pretraining-text test test-slow lint format bench report results clean $(STAGES) $(METHODS) $(CHAINS) $(PROBLEMS)

@@ -68,7 +68,8 @@ class ImageTrainingConfig(ImageFields, LoopConfig):
         from pipelines.images.saved import check_family
 
         found = super().problems()
-        if self.model is not None and not found:
+        # ${stage} is looked at when that stage has made it
+        if self.model is not None and not self.model.startswith("${") and not found:
             found += problems_of(partial(check_family, self.model, "model", self.family))
         return found
 

@@ -25,7 +25,7 @@ def test_every_stage_has_its_recipe_and_every_chain_all_of_them():
 def test_every_chain_is_valid_as_it_stands(name, tmp_path):
     chain = Chain.load(name)
     # the folder of own data is the one thing a chain may leave to the user
-    own = [f"dataset={tmp_path}"] if name in ("scitldr", "mnist") else []
+    own = [f"dataset={tmp_path}"] if name in ("scitldr", "mnist", "mnist_long") else []
     if name == "pretraining":  # the packages that are read are installed by `make pretraining-text`
         (tmp_path / "package.dist-info").mkdir()
         own = [f"text.site_packages={tmp_path}"]
