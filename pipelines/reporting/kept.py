@@ -25,12 +25,15 @@ from pipelines.reporting.metrics import (
 )
 from pipelines.reporting.run import Run, Stage, read_run
 from pipelines.reporting.sections.images import MEASURES, REAL, explained
+from pipelines.reporting.sections.images_training import BOUNDS
 from pipelines.reporting.sections.images_training import KINDS as IMAGE_STAGES
 from pipelines.reporting.sections.problems import EXERCISE, exercise_table
 from pipelines.reporting.sections.prompting_compare import CHOSEN, compared
 from pipelines.reporting.tables import (
     BASELINES,
     README_MEASURES,
+    Cell,
+    Table,
     markdown_table,
     results_table,
     system_label,
@@ -52,6 +55,7 @@ _COUNTS = {"train_images": "training images", "test_images": "test images", "see
 _SAMPLES = tuple(measure for measure in MEASURES if measure != "bound")
 _OF_VAES = ("negative_elbo", "kl", "reconstruction")
 _COUNTED = ("parameters", "steps")
+_PLACES = 6
 _BOUNDS_AND_TIME = ("bound", *_OF_VAES, *_COUNTED, "train_runtime", "train_cpu_runtime", "seconds_a_sample")
 
 
@@ -125,8 +129,21 @@ def _image_metrics(run: Run, stage: Stage) -> dict[str, float]:
     for trained in run.of_kind(*IMAGE_STAGES):
         if timing := trained.json("timing.json"):
             metrics |= {f"{trained.name}/{name}": value for name, value in timing[-1].items() if name != "step"}
+            metrics |= _while_training(trained, timing)
     seconds = (stage.json("timing.json") or {}).get("seconds_a_sample", {})
     return metrics | {f"{name}/seconds_a_sample": value for name, value in seconds.items()}
+
+
+def _while_training(trained: Stage, timing: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The bound as it was measured on the way, and the processor's seconds until then: ``NAME/MEASURE@STEP``."""
+    seconds = {entry["step"]: entry["train_cpu_runtime"] for entry in timing if "train_cpu_runtime" in entry}
+    found = {}
+    for name in BOUNDS:
+        for step, value in zip(*trained.curve(f"eval_{name}"), strict=True):
+            if step in seconds:
+                found[f"{trained.name}/eval_{name}@{step:.0f}"] = value
+                found[f"{trained.name}/train_cpu_runtime@{step:.0f}"] = seconds[step]
+    return found
 
 
 def _check_alike(first: Run, run: Run) -> None:
@@ -272,7 +289,25 @@ def _images(content: Mapping[str, Any]) -> str:
         *explained(content["settings"], metrics.get("measure/test_examples", 0)),
         "Training: without measuring and drawing; by the clock on the wall, and the processor's time of all threads.",
     ]
-    return "\n".join([*(markdown_table(table) for table in (drawn, told) if table), " ".join(texts) + "\n"])
+    tables = [table for table in (drawn, told, _curves(metrics, list(families))) if table]
+    return "\n".join([*map(markdown_table, tables), " ".join(texts) + "\n"])
+
+
+def _curves(metrics: Mapping[str, float], systems: Sequence[str]) -> Table | None:
+    """Bounds against the processor's minutes, at some of the places where they were measured; None without any."""
+    rows, names = [], [(system, bound) for system in systems for bound in BOUNDS]
+    for system, bound in names:
+        prefix = f"{system}/eval_{bound}@"
+        steps = sorted(int(key.removeprefix(prefix)) for key in metrics if key.startswith(prefix) and key[-1].isdigit())
+        if not steps:
+            continue
+        places = sorted({round(place * (len(steps) - 1) / (_PLACES - 1)) for place in range(_PLACES)})
+        minutes = (metrics[f"{system}/train_cpu_runtime@{steps[place]}"] / 60 for place in places)
+        values = (metrics[f"{prefix}{steps[place]}"] for place in places)
+        shown = "; ".join(f"{value:.1f} after {time:.1f}" for value, time in zip(values, minutes, strict=True))
+        rows.append([Cell(system_label(system)), Cell(shown)])
+    heads = ["System", "While training: bound in nats on held-out images, after minutes of a CPU"]
+    return Table(heads, rows, numeric=False) if rows else None
 
 
 def _exercise(content: Mapping[str, Any]) -> str:

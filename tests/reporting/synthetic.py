@@ -237,9 +237,12 @@ def write_images(folder: Path, seed: int, steps: int = 2000) -> Path:
         config = {"output_dir": str(folder / name), "seed": seed, "max_steps": steps}
         record = {"recipe": f"images/{name}", "seed": seed, "config": config, "fingerprint": f"{name}{seed}{steps}"}
         write_stage(folder, name, {}, **record, duration_seconds=60.0 * (seed + 1))
-        write(
-            folder / name / "timing.json", [{"step": 1, "train_runtime": 1.0}, {"step": steps, "train_runtime": 90.0}]
-        )
+        timing = [(1, 1.0, 1.5), (steps // 2, 50.0, 60.0), (steps, 90.0, 120.0)]
+        keys = ("step", "train_runtime", "train_cpu_runtime")
+        write(folder / name / "timing.json", [dict(zip(keys, entry, strict=True)) for entry in timing])
+        bound = "eval_negative_elbo" if name == "vae" else "eval_bound"
+        history = [{"step": step, bound: 2 * 80.0 - 20 * seed - seconds / 2} for step, _, seconds in timing[1:]]
+        write(folder / name / "log_history.json", history)
     systems = {name: str(folder / name) for name in ("vae", "bitflip")}
     record = {"recipe": "images/measure", "seed": seed, "config": {"seed": seed, "samples": 1000, "systems": systems}}
     write_stage(folder, "measure", {}, **record, fingerprint=f"measure{seed}{steps}")

@@ -26,7 +26,7 @@ _PICTURES = {
     ),
     "samples": ("200 samples", "Not chosen: the first 200 that were drawn when training had ended."),
 }
-_BOUNDS = ("negative_elbo", "bound", "importance_weighted")
+BOUNDS = ("negative_elbo", "bound", "importance_weighted")
 
 
 def images_training(run: Run) -> Section | None:
@@ -80,7 +80,7 @@ def _bound(stage: Stage, key: str, logged: Iterable[str]) -> Iterable[Markup]:
     series = []
     timing = stage.json("timing.json") or []
     minutes = {entry["step"]: entry["train_runtime"] / 60 for entry in timing if "train_runtime" in entry}
-    for name in _BOUNDS:
+    for name in BOUNDS:
         for prefix, label, colour in (("", "training", 0), ("eval_", "held out", 1)):
             x, y = stage.curve(prefix + name)
             if y and all(step in minutes for step in x):
