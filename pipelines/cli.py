@@ -108,7 +108,8 @@ def _run(arguments: argparse.Namespace) -> None:
         from pipelines.launching import check_launcher
 
         wanted = chain.needed_for(arguments.until, "--until") if arguments.until else chain.stages
-        check_launcher(arguments.config_file, {name: chain.recipes[name].config_class for name in wanted})
+        configs = chain.unresolved(run_dir, arguments.overrides)
+        check_launcher(arguments.config_file, {name: configs[name] for name in wanted})
     run(
         chain,
         run_dir,

@@ -234,9 +234,13 @@ def _laid_out(found: StageEstimate, cost: Any, launch: Launch, precision: str) -
         # What lies outside the layers is whole for the whole step, of the layers two: one at work, the next on its way.
         extra = size * (cost.outside_blocks + 2 * cost.largest_block)
         weights, gradients, optimizer = weights / n, gradients / n, optimizer / n
-        found.others = {name: held / n for name, held in found.others.items()}
-        if not found.recipe.endswith("/sft"):
-            found.after += size * cost.parameters  # they are measured whole
+        kind, gathered = found.recipe.rpartition("/")[2], size * cost.parameters
+        if kind != "ppo" and "reference" in found.others:
+            found.others["reference"] /= n
+        if found.sampling:
+            found.sampling += gathered
+        elif kind != "sft":
+            found.after += gathered  # to be measured
     elif n > 1 and launch.kind.startswith("zero"):
         if precision != "fp32":
             # DeepSpeed trains half-precision weights beside fp32 ones that the optimizer keeps.
@@ -400,13 +404,7 @@ def estimate_chain(
     Raises:
         UserError: as ``Chain.configured`` and ``estimate_stage``.
     """
-    from pipelines.config import validate
-
-    tables = chain.configured(Path("runs") / chain.name, overrides, resolve=False)
-    configs = {
-        stage: validate(chain.recipes[stage].config_class, values | {"output_dir": folder}, f"{stage}.")
-        for stage, (values, folder) in tables.items()
-    }
+    configs = chain.unresolved(Path("runs") / chain.name, overrides)
     trained = [stage for stage in configs if chain.recipe_names[stage].rpartition("/")[2] in _TRAINS]
     if not trained:
         raise UserError("CONFIG", chain.name, "trains nothing that can be estimated", f"it needs {', '.join(_TRAINS)}")

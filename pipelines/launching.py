@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import nearest, read_yaml
+from pipelines.config import StageConfig, nearest, read_yaml
 from pipelines.distributed import Strategy, strategy_problems
 from pipelines.errors import Problem, UserError
 
@@ -96,12 +97,12 @@ def strategy_of(file: str | Path) -> Strategy:
     return "ddp"
 
 
-def check_launcher(file: str | Path, stages: Mapping[str, type]) -> None:
+def check_launcher(file: str | Path, stages: Mapping[str, StageConfig]) -> None:
     """Refuse a configuration file with which the stages of a chain could not be started.
 
     Args:
         file: its path.
-        stages: name -> class of its configuration.
+        stages: name -> its configuration.
 
     Raises:
         UserError: one line for each problem.
@@ -109,6 +110,9 @@ def check_launcher(file: str | Path, stages: Mapping[str, type]) -> None:
     problems = launcher_problems(file)
     if not problems:
         strategy = strategy_of(file)
-        problems = [p for name, cls in stages.items() for p in strategy_problems(cls, strategy, f"{name} under")]
+        for name, settings in stages.items():
+            whole = strategy_problems(type(settings), strategy, f"{name} under")
+            found = settings.launch_problems(strategy) if hasattr(settings, "launch_problems") else []
+            problems += whole or [replace(problem, what=f"{name}.{problem.what}") for problem in found]
     if problems:
         raise UserError.of(problems)

@@ -310,6 +310,19 @@ class Chain:
             raise UserError.of(problems)
         return configs
 
+    def unresolved(self, run_dir: Path, overrides: list[str]) -> dict[str, Any]:
+        """Stage name -> its configuration object, ${stage} left as it is: what can be said before anything runs.
+
+        Args:
+            run_dir: the run's folder.
+            overrides: as for ``configured``.
+
+        Raises:
+            UserError: one line for each mistake.
+        """
+        found = self.configured(run_dir, overrides, resolve=False)
+        return {stage: self.config_of(stage, table) for stage, table in found.items()}
+
     def config_of(self, stage: str, resolved: tuple[dict[str, Any], str]) -> Any:
         """The configuration object of a stage whose inputs are there by now."""
         values, folder = resolved

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipelines.seq2seq.losses import entropy, token_log_probs
+from pipelines.seq2seq.sharded import without_tied
 from pipelines.seq2seq.shared_attention import decode_shared
 from pipelines.seq2seq.stacks import states_width, unwrap
 from pipelines.seq2seq.view import as_view, decoder_inputs, encode, output_logits
@@ -89,6 +90,11 @@ class ActorCritic(nn.Module):
         """The policy's configuration."""
         return unwrap(self.policy).config
 
+    @property
+    def _no_split_modules(self) -> Any:
+        # What accelerate cuts a model by.
+        return getattr(unwrap(self.policy), "_no_split_modules", None)
+
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """Recompute activations in the backward pass, in policy and critic."""
         for model in filter(None, (self.policy, self.critic)):
@@ -140,11 +146,23 @@ class ActorCritic(nn.Module):
         found["values"] = self.value_head(states)
         return {name: _spread(value, mask) for name, value in found.items()}
 
-    def save_critic(self, folder: str | Path) -> None:
-        """Write the value head, and the critic's own trunk where it has one, beside the policy."""
-        safetensors.torch.save_file(self.value_head.state_dict(), Path(folder) / VALUE_HEAD_FILE)
+    def save_policy(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
+        """Write the policy as any transformers user reads it.
+
+        Args:
+            folder: written into.
+            state: the weights by name, where the model's own are in parts.
+        """
+        own = None if state is None else without_tied(unwrap(self.policy), _below(state, "policy"))
+        self.policy.save_pretrained(folder, state_dict=own)
+
+    def save_critic(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
+        """Write the value head, and the critic's own trunk where it has one, beside the policy; ``state`` as there."""
+        head = self.value_head.state_dict() if state is None else _below(state, "value_head")
+        safetensors.torch.save_file(head, Path(folder) / VALUE_HEAD_FILE)
         if self.critic is not None:
-            self.critic.save_pretrained(Path(folder) / CRITIC_FOLDER)
+            own = None if state is None else without_tied(self.critic, _below(state, "critic"))
+            self.critic.save_pretrained(Path(folder) / CRITIC_FOLDER, state_dict=own)
 
     def load_critic(self, folder: str | Path) -> None:
         """Read what ``save_critic`` wrote."""
@@ -154,6 +172,10 @@ class ActorCritic(nn.Module):
                 Path(folder) / CRITIC_FOLDER, use_safetensors=True, dtype=self.critic.dtype
             )
             self.critic.load_state_dict(saved.state_dict())
+
+
+def _below(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
 
 
 class Reference:

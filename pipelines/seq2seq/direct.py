@@ -49,13 +49,6 @@ class DirectFields(LengthConfig, LoraFields, TrainingConfig):
     def problems(self) -> list[Problem]:
         return super().problems() + model_problems({"model": self.model})
 
-    def launch_problems(self, strategy: Strategy) -> list[Problem]:
-        found = super().launch_problems(strategy)
-        if not found and self.lora_r and strategy != "ddp":
-            problem = "adapters are trained beside a model that is whole in each process"
-            found.append(Problem("lora_r", self.lora_r, problem, "give lora_r=0, or launch with ddp.yaml"))
-        return found
-
 
 def tokenized_splits(
     texts: Mapping[str, Dataset], tokenize: Callable[[Dataset], tuple[Dataset, dict[str, int]]]

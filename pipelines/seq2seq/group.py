@@ -173,10 +173,11 @@ def _arguments(settings: GroupFields, processes: int) -> dict[str, Any]:
 def _save(trainer: Trainer, settings: GroupFields) -> None:
     from accelerate import PartialState
 
-    folder = Path(settings.output_dir)
+    from pipelines.seq2seq.sharded import save_whole
 
-    if PartialState().is_main_process:
-        policy = merged(trainer.accelerator.unwrap_model(trainer.model), settings, folder)
-        policy.save_pretrained(folder)
+    folder, main = Path(settings.output_dir), PartialState().is_main_process
+    policy = merged(trainer.accelerator.unwrap_model(trainer.model), settings, folder, save=main)
+    save_whole(policy, folder, main=main)
+    if main:
         trainer.processing_class.save_pretrained(folder)
     PartialState().wait_for_everyone()

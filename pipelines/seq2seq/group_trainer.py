@@ -18,6 +18,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl.models.utils import prepare_fsdp
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head, split_tensor_dict
 
 from pipelines.errors import UserError
@@ -26,6 +27,7 @@ from pipelines.seq2seq.collators import SetEpoch, pad_rows
 from pipelines.seq2seq.losses import sequence_sum
 from pipelines.seq2seq.rewards import Rewards
 from pipelines.seq2seq.sampling import GumbelSampler, prompt_keys, sample_completions
+from pipelines.seq2seq.sharded import InParts, share_embedding, whole
 from pipelines.seq2seq.view import as_view, decoder_start_id, encode, silence_dropout
 
 # TRL's names for what our other trainers log, and theirs.
@@ -54,7 +56,7 @@ class GroupSampler(RepeatSampler):
         return super().__iter__()
 
 
-class _Groups:
+class _Groups(InParts):
     """The seams, in front of TRL's trainer."""
 
     def __init__(
@@ -97,7 +99,11 @@ class _Groups:
         if reference is not None:
             reference.requires_grad_(False).eval()
             add_fused_lm_head(reference, temperature=self.temperature)
-            self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+            if self.is_fsdp_enabled:
+                share_embedding(reference)
+                self.ref_model = prepare_fsdp(reference, self.accelerator)
+            else:
+                self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
 
     @property
     def _steps_a_rollout(self) -> int:
@@ -131,7 +137,8 @@ class _Groups:
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
         self._rows, self._passes = inputs, []
-        found = super()._generate_and_score_completions(inputs)
+        with whole(self.model):
+            found = super()._generate_and_score_completions(inputs)
         self._passes = []
         return found
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from pipelines.config import INERT, config
+from pipelines.distributed import Strategy
+from pipelines.errors import Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,6 +24,14 @@ class LoraFields:
     push_adapter: bool = Field(
         False, description="push the adapter alone, not the model that it is merged into", json_schema_extra=INERT
     )
+
+    def launch_problems(self, strategy: Strategy) -> list[Problem]:
+        """What the stage has to say, and that adapters are not trained in parts."""
+        found = super().launch_problems(strategy)
+        if not found and self.lora_r and strategy != "ddp":
+            problem = "adapters are trained beside a model that is whole in each process"
+            found.append(Problem("lora_r", self.lora_r, problem, "give lora_r=0, or launch with ddp.yaml"))
+        return found
 
 
 def lora_settings(fields: LoraFields) -> Any:

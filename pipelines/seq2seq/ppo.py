@@ -98,6 +98,7 @@ def ppo(config: PPOConfig) -> dict[str, float]:
     from pipelines.seq2seq.ppo_arguments import PPOArguments
     from pipelines.seq2seq.ppo_trainer import PPOTrainer
     from pipelines.seq2seq.rewards import load_rewards
+    from pipelines.seq2seq.sharded import whole_state
     from pipelines.seq2seq.training import (
         checkpoint_marker,
         last_checkpoint,
@@ -137,10 +138,11 @@ def ppo(config: PPOConfig) -> dict[str, float]:
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(config))
     history = save_history(trainer, config)
+    weights = whole_state(trainer.model)
     if state.is_main_process:
-        policy = merged(trainer.model.policy, config, folder)
-        policy.save_pretrained(folder)
-        trainer.model.save_critic(folder)
+        trainer.model.policy = merged(trainer.model.policy, config, folder)
+        trainer.model.save_policy(folder, weights)
+        trainer.model.save_critic(folder, weights)
         tokenizer.save_pretrained(folder)
     state.wait_for_everyone()
     rollouts = sum("objective/kl" in entry for entry in history)

@@ -32,6 +32,7 @@ from pipelines.seq2seq.ppo_arguments import PPOArguments
 from pipelines.seq2seq.rewards import Rewards
 from pipelines.seq2seq.sample_table import SampleTable
 from pipelines.seq2seq.sampling import GumbelSampler, prompt_keys, sample_completions
+from pipelines.seq2seq.sharded import share_embedding, whole
 from pipelines.seq2seq.stacks import source_name, unwrap
 from pipelines.seq2seq.view import as_view, check_log_probs, encode, silence_dropout
 
@@ -122,6 +123,8 @@ class PPOTrainer(Trainer):
                 f"mini_batch_size={args.mini_batch_size} one of samples_per_source × processes × "
                 f"gradient_accumulation_steps = {args.samples_per_source * world * accumulation}"
             )
+        for trunk in filter(None, (policy, self.model.critic) if self.is_fsdp_enabled else ()):
+            share_embedding(unwrap(trunk))
         self.reference = Reference(policy)
         self.reference.model.to(args.device)
         self.rewards, self.gold = rewards, gold
@@ -191,7 +194,7 @@ class PPOTrainer(Trainer):
         part = len(indices) // self.accelerator.num_processes
         mine = indices[self.accelerator.process_index * part :][:part]
         examples = [self.train_dataset[i] for i in mine]
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), whole(self.model):
             data = self._sample(examples, self._keys[mine], number)
         texts = self.processing_class.batch_decode(data["completion_ids"].tolist(), skip_special_tokens=True)
         texts = [text.strip() for text in texts]
@@ -399,8 +402,8 @@ class PPOTrainer(Trainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.model.policy.save_pretrained(folder)
-        self.model.save_critic(folder)
+        self.model.save_policy(folder, state_dict if self.is_fsdp_enabled else None)
+        self.model.save_critic(folder, state_dict if self.is_fsdp_enabled else None)
         self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from pipelines.config import Source, config
 from pipelines.corpus.fields import CorpusFields
+from pipelines.distributed import Strategy
 from pipelines.errors import Problem, UserError
 from pipelines.seq2seq.annotators import annotator_problems, annotator_sources
 from pipelines.seq2seq.lora import LoraFields
@@ -58,6 +59,8 @@ class RewardFields:
 @config
 class RolloutFields(RewardFields, CorpusFields, LengthConfig, LoraFields, TrainingConfig):
     """Rollouts: how many, of how many documents and samples, and the steps taken on each."""
+
+    parallelism: ClassVar[tuple[Strategy, ...]] = ("ddp", "fsdp")
 
     model: Source = Field(description="encoder-decoder to align, usually the supervised fine-tuned one; the reference")
     rollouts: int = Field(100, ge=1, description="how many times summaries are sampled and trained on")

@@ -66,6 +66,9 @@ def whole(model: nn.Module) -> Iterator[None]:
     some processes more often than on others, has to stand in here. All processes have to enter and leave.
     """
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if parts:
+        # Else the first part that is called, by whoever samples before the first step, takes itself for the root.
+        parts[0]._get_fsdp_state()._lazy_init()
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
@@ -85,12 +88,14 @@ def save_whole(model: PreTrainedModel, folder: str | Path, *, main: bool) -> Non
         folder: written into.
         main: whether this process writes.
     """
-    if not any(isinstance(module, FSDPModule) for module in model.modules()):
-        if main:
-            model.save_pretrained(folder)
-        return
-    state = {
-        name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in model.state_dict().items()
-    }
+    state = whole_state(model)
     if main:
-        model.save_pretrained(folder, state_dict=without_tied(model, state))
+        model.save_pretrained(folder, state_dict=None if state is None else without_tied(model, state))
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
+    """The weights of a model in parts, whole, by name; None of another model. All processes have to call this."""
+    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+        return None
+    state = model.state_dict()
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}

@@ -19,8 +19,10 @@ from tests.prompting.conftest import write_word_files
 
 _STEPS = ["copy_steps=2", "max_steps=10", "save_steps=4", "logging_steps=2", "dropout=0.0", "optimizer=adamw"]
 _STEPS += ["learning_rate=0.002", "lr_scheduler=constant", "warmup_ratio=0.0", "report_to=none"]
-_SMALL = ["max_source_length=40", "max_target_length=12", "precision=fp32", "logging_steps=2", "save_steps=4"]
-_SMALL += ["max_steps=8", "report_to=none", "learning_rate=0.002"]
+_TEXTS = ["max_source_length=40", "max_target_length=12", "precision=fp32", "report_to=none", "learning_rate=0.002"]
+_SMALL = [*_TEXTS, "logging_steps=2", "save_steps=4", "max_steps=8"]
+_ROLLOUTS = ["reward={}/reward", "dataset={}/corpus", "rollouts=3", "save_steps=2", "sources_per_rollout=8"]
+_ROLLOUTS += ["samples_per_source=2", "mini_batch_size=8"]
 _CPU = {"ACCELERATE_USE_CPU": "true"}
 
 
@@ -104,18 +106,27 @@ def ends_alike(server, fsdp, recipe: str, words: list[str], folder: Path, batch_
         ("dpo", ["preferences={}/preferences"]),
         ("dpo", ["preferences={}/preferences", "precompute_ref_log_probs=false"]),
         ("listwise", ["rankings={}/preferences/rankings"]),
+        ("ppo", ["separate_critic=true", "adaptive_kl=true", *_ROLLOUTS]),
+        ("grpo", _ROLLOUTS),
+        ("rloo", _ROLLOUTS),
     ],
-    ids=["reward", "dpo-cached", "dpo-online", "listwise"],
+    ids=["reward", "dpo-cached", "dpo-online", "listwise", "ppo", "grpo", "rloo"],
 )
 def test_alignment_in_parts_ends_with_the_weights_of_the_whole(preferred, fsdp, tmp_path, recipe, words):
-    words = [word.format(preferred.folder) for word in words] + [f"model={preferred.folder / 'sft'}", *_SMALL]
-    _, parts = ends_alike(preferred.server, fsdp, f"summarization/{recipe}", words, tmp_path)
+    steps = _TEXTS if words[-1] == _ROLLOUTS[-1] else _SMALL
+    words = [word.format(preferred.folder) for word in words] + [f"model={preferred.folder / 'sft'}", *steps]
+    one, parts = ends_alike(preferred.server, fsdp, f"summarization/{recipe}", words, tmp_path)
     began = load_file(preferred.folder / "sft" / "model.safetensors")
     after = load_file(parts / "model.safetensors")
     # A reward model's names begin with that of its trunk.
     moved = [abs(after[a] - began[b]).max() for a in after for b in began if a == b or a.endswith(f".{b}")]
     assert len(moved) > 10
     assert max(moved) > 1e-3
+    if recipe == "ppo":
+        for file in ("value_head.safetensors", "critic/model.safetensors"):
+            critics = [load_file(folder / file) for folder in (one, parts)]
+            assert critics[0].keys() == critics[1].keys()
+            assert max(float(abs(critics[0][name] - critics[1][name]).max()) for name in critics[0]) <= 1e-5
 
 
 @pytest.mark.slow
@@ -146,7 +157,7 @@ def test_a_causal_model_in_parts_ends_with_the_weights_of_the_whole(begun, fsdp,
 @pytest.mark.parametrize(
     ("recipe", "words", "says"),
     [
-        ("summarization/ppo", [], "error: distributed_type=fsdp: this recipe needs the whole model in each process"),
+        ("summarization/ppo", ["lora_r=2"], "error: lora_r=2: adapters are trained beside a model that is whole"),
         ("images/vae", [], "error: distributed_type=fsdp: this recipe needs the whole model in each process"),
         ("summarization/sft", ["optimizer=adafactor"], "error: optimizer=adafactor: it keeps the means of whole rows"),
     ],
@@ -168,10 +179,21 @@ def test_what_cannot_be_cut_is_said_before_work(preferred, fsdp, tmp_path, recip
 def test_a_chain_is_refused_stage_by_stage_before_anything_runs(begun, tmp_path):
     file = str(ROOT / "accelerate_configs" / "fsdp.yaml")
     words = ["run", str(CHAIN), f"dataset={begun.data}", "--output_dir", str(tmp_path / "run")]
+    words += ["ppo.lora_r=2", "dpo.lora_r=2"]
     code, printed, errors = begun.server.answer(*words, "--launcher", "accelerate", "--config_file", file)
     assert (code, printed) == (2, "")
-    refused = [line.partition("=")[0] for line in errors.splitlines()]
-    assert refused == ["error: ppo under"]
+    refused = [line.partition(":")[2].strip() for line in errors.splitlines()]
+    assert [line.partition(":")[0] for line in refused] == ["sft.optimizer=adafactor", "ppo.lora_r=2", "dpo.lora_r=2"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_chain_of_image_models_is_refused_before_anything_runs(begun, tmp_path):
+    file = str(ROOT / "accelerate_configs" / "fsdp.yaml")
+    words = ["run", "images", "--output_dir", str(tmp_path / "run"), "--launcher", "accelerate", "--config_file", file]
+    code, printed, errors = begun.server.answer(*words)
+    assert (code, printed) == (2, "")
+    line = "error: vae under=fsdp: this recipe needs the whole model in each process"
+    assert sum(each.startswith(line) for each in errors.splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -184,11 +206,13 @@ def test_a_chain_is_refused_stage_by_stage_before_anything_runs(begun, tmp_path)
             {"sync_ref_model": True, "precompute_ref_log_probs": False},
             "sync_ref_model=True: a reference in parts cannot be moved and saved",
         ),
+        ("ppo", {"lora_r": 4}, "lora_r=4: adapters are trained beside a model that is whole in each process"),
         ("listwise", {"lora_r": 4}, "lora_r=4: adapters are trained beside a model that is whole in each process"),
     ],
 )
 def test_settings_that_need_the_whole_model_are_one_line(preferred, recipe, given, says):
-    needs = {"dpo": {"preferences": "preferences"}, "listwise": {"rankings": "preferences/rankings"}}[recipe]
+    needs = {"dpo": {"preferences": "preferences"}, "listwise": {"rankings": "preferences/rankings"}}
+    needs = needs.get(recipe, {"dataset": "corpus", "reward": "reward"})
     files = {name: str(preferred.folder / place) for name, place in needs.items()}
     config = validate(
         dict(list_recipes())[f"summarization/{recipe}"].config_class,
