@@ -295,12 +295,13 @@ def _images(content: Mapping[str, Any]) -> str:
 
 def _curves(metrics: Mapping[str, float], systems: Sequence[str]) -> Table | None:
     """Bounds against the processor's minutes, at some of the places where they were measured; None without any."""
-    rows, names = [], [(system, bound) for system in systems for bound in BOUNDS]
-    for system, bound in names:
-        prefix = f"{system}/eval_{bound}@"
-        steps = sorted(int(key.removeprefix(prefix)) for key in metrics if key.startswith(prefix) and key[-1].isdigit())
-        if not steps:
+    rows = []
+    for system in systems:
+        found = {bound: _steps(metrics, f"{system}/eval_{bound}@") for bound in BOUNDS}
+        bound = next((bound for bound, steps in found.items() if steps), None)
+        if bound is None:
             continue
+        prefix, steps = f"{system}/eval_{bound}@", found[bound]
         places = sorted({round(place * (len(steps) - 1) / (_PLACES - 1)) for place in range(_PLACES)})
         minutes = (metrics[f"{system}/train_cpu_runtime@{steps[place]}"] / 60 for place in places)
         values = (metrics[f"{prefix}{steps[place]}"] for place in places)
@@ -308,6 +309,10 @@ def _curves(metrics: Mapping[str, float], systems: Sequence[str]) -> Table | Non
         rows.append([Cell(system_label(system)), Cell(shown)])
     heads = ["System", "While training: bound in nats on held-out images, after minutes of a CPU"]
     return Table(heads, rows, numeric=False) if rows else None
+
+
+def _steps(metrics: Mapping[str, float], prefix: str) -> list[int]:
+    return sorted(int(key.removeprefix(prefix)) for key in metrics if key.startswith(prefix) and key[-1].isdigit())
 
 
 def _exercise(content: Mapping[str, Any]) -> str:
