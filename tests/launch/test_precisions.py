@@ -38,14 +38,7 @@ TINY = {
     "summarization/grpo": [*_ROLLOUTS, *_TEXTS, *_GROUPS],
     "summarization/rloo": [*_ROLLOUTS, *_TEXTS, *_GROUPS],
     "prompting/word_model": [*_STEPS, "hidden_size=16", "num_heads=2", "num_layers=1", "row_length=96", "at_least=1"],
-    "prompting/soft": [
-        *_STEPS,
-        "model={}/sft",
-        "task=summarization",
-        "dataset={}/corpus",
-        "virtual_tokens=2",
-        "repeats=1",
-    ],
+    "prompting/soft": [*_STEPS, *_SOFT],
 }
 _ONE_OF_A_CHAIN = tuple(f"summarization/{stage}" for stage in ("sft", "reward", "dpo", "ppo"))
 QUICK = ("images/vae", "summarization/sft")
@@ -94,7 +87,7 @@ def test_bf16_trains_float32_weights(preferred_or_begun, tmp_path, name):
     for file in (run_dir / stage).rglob("*.safetensors"):
         with safe_open(file, "pt") as weights:
             types |= {weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118 - no mapping
-    # A recipe keeps no weights; batch norm counts in whole numbers.
+    # images/vae_blur keeps no weights; batch norm counts in whole numbers.
     assert types - {"I64"} == (set() if name == "images/vae_blur" else {"F32"})
 
 
