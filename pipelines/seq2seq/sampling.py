@@ -192,7 +192,8 @@ def sample_completions(
     """
     inner = unwrap(model)
     decoder, device, sources = inner.get_decoder(), encoder_states.device, len(encoder_states)
-    cache = EncoderDecoderCache(DynamicCache(config=decoder.config), DynamicCache(config=decoder.config))
+    # By its configuration a decoder with a sliding window (T5Gemma) would also keep only a window of the source.
+    cache = EncoderDecoderCache(DynamicCache(config=decoder.config), DynamicCache())
     scale = inner.__dict__.get("_view_scale", 1.0)
     shared = samples > 1 and can_share(model)
 

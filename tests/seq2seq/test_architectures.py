@@ -7,7 +7,7 @@ import torch
 from architectures import build, encoder_decoders, registered, sources_of
 from datasets import Dataset
 from ppo_environment import make_sources, make_tokenizer, make_trainer
-from tiny_models import VOCABULARY, tiny_batch
+from tiny_models import VOCABULARY, loud, tiny_batch
 from transformers import CONFIG_MAPPING
 from trl import DPOConfig
 
@@ -44,15 +44,6 @@ WORKING = (
     "WhisperForConditionalGeneration",
 )
 pytestmark = pytest.mark.slow
-
-
-def loud(model):
-    """Weights large enough for every position, mask and bias to show in the logits."""
-    generator = torch.Generator().manual_seed(6)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return model
 
 
 def test_the_two_lists_are_what_transformers_registers():

@@ -45,6 +45,7 @@ _GEMMA = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 4,
+    "sliding_window": 3,  # shorter than sources and completions
 }
 _GPT2 = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}
 _VIT = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
@@ -69,9 +70,10 @@ def tiny(family: str, seed: int = 0, vocabulary: int = VOCABULARY) -> transforme
     elif family == "bart":
         model = t.BartForConditionalGeneration(t.BartConfig(**(_BART | size)))
     elif family == "pegasus":
-        model = t.PegasusForConditionalGeneration(t.PegasusConfig(**(_BART | size)))
+        # Embeddings times √d_model, as the released checkpoints of both have it.
+        model = t.PegasusForConditionalGeneration(t.PegasusConfig(**(_BART | size), scale_embedding=True))
     elif family == "marian":
-        model = t.MarianMTModel(t.MarianConfig(**(_BART | size)))
+        model = t.MarianMTModel(t.MarianConfig(**(_BART | size), scale_embedding=True))
     elif family == "t5gemma":
         model = t.T5GemmaForConditionalGeneration(
             t.T5GemmaConfig(encoder=_GEMMA | size, decoder=_GEMMA | size, vocab_size=vocabulary)
@@ -101,6 +103,15 @@ def tiny(family: str, seed: int = 0, vocabulary: int = VOCABULARY) -> transforme
     if hasattr(model, "final_logits_bias"):
         model.final_logits_bias.normal_()
     return model.eval()
+
+
+def loud(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """The model with weights large enough for every position, mask and bias to show in the logits."""
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
 
 
 def tiny_batch(left: bool = False) -> tuple[torch.Tensor, ...]:
