@@ -54,7 +54,8 @@ class ActorCritic(nn.Module):
 
     Args:
         policy: a view, or a PEFT model around one; it stays a plain checkpoint of its own.
-        separate_critic: give the critic a copy of the policy's encoder and decoder instead of sharing them.
+        separate_critic: give the critic a copy of the policy's encoder and decoder instead of sharing them, without
+            adapters: under LoRA too it learns with all its weights.
         train_encoder: False leaves the policy's encoder as it is, which spares its backward pass. What it shares with
             the decoder (T5's embedding) goes on learning from the decoder's side.
     """
@@ -78,7 +79,9 @@ class ActorCritic(nn.Module):
                         parameter.requires_grad_(False)
         self.critic = None
         if separate_critic:
-            self.critic = copy.deepcopy(inner)
+            # Adapters are merged into it: a plain model that learns with all its weights and is saved by its own class.
+            own = copy.deepcopy(policy)
+            self.critic = own.merge_and_unload() if hasattr(own, "merge_and_unload") else unwrap(own)
             self.critic.requires_grad_(True)
             head = self.critic.get_output_embeddings()
             if head.weight is not self.critic.get_input_embeddings().weight:

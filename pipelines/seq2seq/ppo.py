@@ -57,7 +57,9 @@ class PPOConfig(RolloutFields):
     scale_rewards: bool = Field(False, description="divide scores by the standard deviation of all seen so far")
     reward_clip: float | None = Field(None, gt=0, description="clip (scaled) scores to ± this")
     whiten_advantages: bool = Field(True, description="bring a rollout's advantages to mean 0 and variance 1")
-    separate_critic: bool = Field(False, description="give the critic a trunk of its own instead of the policy's")
+    separate_critic: bool = Field(
+        False, description="give the critic a trunk of its own instead of the policy's; all its weights learn"
+    )
     train_encoder: bool = Field(True, description="false trains the decoder only: a step then costs much less")
     samples_kept: int = Field(4, ge=0, description="summaries of each rollout kept in samples.jsonl")
 

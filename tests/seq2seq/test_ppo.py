@@ -77,13 +77,16 @@ def test_two_runs_are_the_same(options, tmp_path):
 
 
 def test_adapters_are_merged_and_kept(options, tiny_t5, tmp_path):
-    ppo(validate(PPOConfig, options | {"lora_r": 2, "learning_rate": 1e-2, "rollouts": 2}))
+    ppo(validate(PPOConfig, options | {"lora_r": 2, "learning_rate": 1e-2, "rollouts": 2, "separate_critic": True}))
     folder = tmp_path / "ppo"
+    critic, report = T5ForConditionalGeneration.from_pretrained(folder / "critic", output_loading_info=True)
+    assert not any(report.values()), report
     assert (folder / "adapter" / "adapter_model.safetensors").exists()
     assert str(tiny_t5) not in (folder / "adapter" / "adapter_config.json").read_text()
     merged = as_view(T5ForConditionalGeneration.from_pretrained(folder)).eval()
     before = as_view(T5ForConditionalGeneration.from_pretrained(tiny_t5)).eval()
     assert torch.equal(merged.shared.weight, before.shared.weight)
+    assert not torch.equal(critic.shared.weight, before.shared.weight)  # it has no adapters: all its weights learn
     ids = torch.tensor([[5, 6, 7, 1]])
     with torch.no_grad():
         scores = [

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from ppo_environment import VOCABULARY, StopAt, make_policy, make_trainer
 from transformers import T5ForConditionalGeneration
 
 from pipelines.seq2seq import ppo_trainer as module
+from pipelines.seq2seq.view import as_view, encode
 
 
 def record_compute_loss(trainer):
@@ -197,6 +199,58 @@ def test_a_checkpoint_is_a_plain_model_with_the_critic_beside_it(tmp_path):
     assert torch.equal(plain.shared.weight, saved.model.policy.shared.weight)
 
 
+def test_under_lora_a_separate_critic_is_a_plain_model_that_learns(tmp_path):
+    """It begins as the policy, with what its adapters had learned; its folder is the plain class's."""
+    policy = as_view(make_policy())
+    adapters = LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, target_modules="all-linear", init_lora_weights=False)
+    trainer = make_trainer(tmp_path, policy=get_peft_model(policy, adapters), rollouts=1, separate_critic=True)
+    critic, ids = trainer.model.critic, torch.tensor([[5, 6, 7, 1]])
+    assert {name for name, _ in critic.named_parameters()} == {name for name, _ in make_policy().named_parameters()}
+    assert all(p.requires_grad for p in critic.parameters())
+    with torch.no_grad():
+        began, base = (encode(model, ids, ids.ne(0)) for model in (critic, as_view(make_policy()).eval()))
+        torch.testing.assert_close(began, encode(trainer.model.policy, ids, ids.ne(0)), rtol=0, atol=1e-5)
+        assert (began - base).abs().max() > 1e-3
+        trainer.model.value_head.linear.weight.normal_()  # at 0 nothing would flow back into the trunk
+    trainer.train()
+    trainer.model.save_critic(tmp_path)
+    saved, report = T5ForConditionalGeneration.from_pretrained(tmp_path / "critic", output_loading_info=True)
+    assert not any(report.values()), report
+    saved = as_view(saved).eval()
+    with torch.no_grad():
+        after = encode(critic, ids, ids.ne(0))
+        torch.testing.assert_close(encode(saved, ids, ids.ne(0)), after, rtol=0, atol=1e-6)
+    assert (after - began).abs().max() > 1e-4
+
+
+def test_under_lora_the_reference_is_the_model_with_its_adapter_off(tmp_path):
+    """Also once the adapter has moved: what the second rollout holds is what the model said before training."""
+    trainer = make_trainer(tmp_path, rollouts=2, lora=4, learning_rate=3e-2)
+    trainer.train()
+    rollout, samples = trainer.rollout, trainer.args.samples_per_source
+    names = ("source_ids", "source_mask", "completion_ids", "completion_mask")
+    source_ids, source_mask, ids, mask = (rollout[name] for name in names)
+    with torch.no_grad():
+        logits = (
+            make_policy()
+            .eval()(
+                input_ids=source_ids.repeat_interleave(samples, 0),
+                attention_mask=source_mask.repeat_interleave(samples, 0),
+                labels=ids,
+            )
+            .logits
+        )
+        before = torch.log_softmax(logits, -1).gather(-1, ids[..., None]).squeeze(-1) * mask
+        policy = trainer.model(source_ids, source_mask, ids, mask)["log_probs"]
+    assert (policy - before).abs().max() > 1e-2  # with the adapter on it has moved
+    torch.testing.assert_close(rollout["reference"], before, rtol=0, atol=1e-5)
+    again = trainer.reference.log_probs(source_ids, source_mask, ids, mask)
+    torch.testing.assert_close(again, before, rtol=0, atol=1e-5)
+    kl = float((rollout["log_probs"] - before).sum(1).mean())
+    assert abs(kl) > 1e-3
+    assert trainer.record["objective/kl"] == pytest.approx(kl, abs=1e-4)
+
+
 RESUME = {
     "rollouts": 3,
     "ppo_epochs": 2,
@@ -214,7 +268,7 @@ def outcome(trainer) -> tuple[dict, list, str]:
     return trainer.model.state_dict(), history, trainer.samples.file.read_text()
 
 
-@pytest.mark.parametrize("options", [{}, {"lora": 2, "separate_critic": False}])
+@pytest.mark.parametrize("options", [{}, {"lora": 2, "separate_critic": False}, {"lora": 2}])
 def test_resume_in_the_middle_of_a_rollouts_epochs_is_exact(tmp_path, options):
     """Four steps a rollout; stopped at step 6, saved at 3 and 6: step 7 needs the rollout that step 5 began."""
     settings = RESUME | options
