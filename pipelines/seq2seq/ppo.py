@@ -39,7 +39,9 @@ class PPOConfig(RolloutFields):
         10_000, ge=1, description="summaries in which the coefficient moves by up to 20 % (adaptive_kl)"
     )
     kl_estimator: Literal["k1", "k2", "k3"] = Field("k1", description="estimator of a token's divergence")
-    kl_in: Literal["reward", "loss"] = Field("reward", description="charge the divergence in the reward or in the loss")
+    kl_in: Literal["reward", "loss"] = Field(
+        "reward", description="charge the divergence in the reward, or token by token in the loss (k1 times the ratio)"
+    )
     max_kl: float | None = Field(
         None, gt=0, description="end training when the divergence passes this; nats a sequence"
     )
@@ -65,9 +67,6 @@ class PPOConfig(RolloutFields):
 
     def problems(self) -> list[Problem]:
         found = super().problems()
-        if self.kl_in == "loss" and self.kl_estimator == "k1":
-            problem = "has no gradient in expectation when it is charged in the loss"
-            found.append(Problem("kl_estimator", "k1", problem, "give kl_estimator=k3, or kl_in=reward"))
         if self.adaptive_kl and self.kl_coefficient == 0:
             found.append(Problem("kl_coefficient", 0.0, "cannot be adapted from 0", "give a value above 0"))
         if self.stop_kl is not None and self.precision == "fp16":

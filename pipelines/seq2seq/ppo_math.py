@@ -7,7 +7,7 @@ is the critic's estimate in that state, before y_t is known. Log-probabilities, 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,6 +65,31 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coefficient: floa
     rewards = -kl_coefficient * kl.float() * mask
     has_tokens = (mask.sum(1, keepdim=True) > 0).float()
     return rewards.scatter_add(1, last_token_index(mask)[:, None], scores.float()[:, None] * has_tokens)
+
+
+def loss_kl(
+    log_probs: Tensor, old_log_probs: Tensor, reference: Tensor, estimator: Literal["k1", "k2", "k3"] = "k1"
+) -> Tensor:
+    """Per-token divergence from the reference as a term of the loss: what counts is not its value but its gradient.
+
+    k1 is weighted by the ratio ρ = π/π_old: the expectation of ρ (log π − log π_ref) over tokens that π_old drew is
+    KL(π‖π_ref) whatever π is, and so is its gradient that of KL(π‖π_ref): E[ρ (log π − log π_ref) ∇ log π], the score
+    function's term, and E[ρ ∇ log π] = 0, the direct one. Without the ratio the direct one alone is left, which pulls
+    nowhere (Tang and Munos 2025, "On a few pitfalls in KL divergence gradient estimation for RL"). k2 and k3 are
+    differentiated as they stand: where π is still π_old the gradient of k2 is that of KL(π‖π_ref), and that of k3, which
+    GRPO has in its loss (Shao et al. 2024, eq. 4), is that of KL(π_ref‖π).
+
+    Args:
+        log_probs: (R, T) log π of the current policy, with gradient.
+        old_log_probs: (R, T) log π_old of the policy that sampled.
+        reference: (R, T) log π_ref.
+        estimator: see ``losses.kl_estimate``.
+
+    Returns:
+        (R, T) fp32, in nats, not masked.
+    """
+    found = kl_estimate(log_probs, reference, estimator)
+    return torch.exp(log_probs.float() - old_log_probs.float()) * found if estimator == "k1" else found
 
 
 def penalize_missing_end(scores: Tensor, ended: Tensor, penalty: float) -> Tensor:

@@ -361,7 +361,8 @@ class PPOTrainer(Trainer):
         if args.entropy_coefficient:
             loss = loss - args.entropy_coefficient * now["entropy"]
         if args.kl_in == "loss":
-            penalty = kl_estimate(now["log_probs"], inputs["reference"], args.kl_estimator)
+            known = (inputs["log_probs"], inputs["reference"])
+            penalty = ppo_math.loss_kl(now["log_probs"], *known, args.kl_estimator)
             loss = loss + self.record["objective/kl_coefficient"] * penalty
         with torch.no_grad():
             kl = kl_estimate(inputs["log_probs"], now["log_probs"], "k3")

@@ -100,7 +100,6 @@ def test_all_impossible_combinations_show_at_once(options):
     wrong = {
         "mini_batch_size": 6,
         "reward_weights": [1.0, 2.0],
-        "kl_in": "loss",
         "epochs": 5.0,
         "adaptive_kl": True,
         "kl_coefficient": 0.0,
@@ -108,7 +107,14 @@ def test_all_impossible_combinations_show_at_once(options):
     with pytest.raises(UserError) as error:
         validate(PPOConfig, options | wrong)
     named = {problem.what for problem in error.value.problems}
-    assert named == {"mini_batch_size", "reward_weights", "kl_estimator", "epochs", "kl_coefficient"}
+    assert named == {"mini_batch_size", "reward_weights", "epochs", "kl_coefficient"}
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("place", ["reward", "loss"])
+def test_every_estimator_goes_into_the_reward_and_into_the_loss(options, estimator, place):
+    config = validate(PPOConfig, options | {"kl_in": place, "kl_estimator": estimator})
+    assert (config.kl_in, config.kl_estimator) == (place, estimator)
 
 
 def test_fewer_documents_than_a_rollout_takes(options):

@@ -147,7 +147,8 @@ def test_the_entropy_bonus_keeps_the_policy_undecided(tmp_path):
     assert found[1][-1] > found[0][-1] + 0.3
 
 
-def test_the_divergence_in_the_loss_has_the_reference_and_the_coefficient(tmp_path):
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_the_divergence_in_the_loss_has_the_reference_and_the_coefficient(tmp_path, estimator):
     trainer = make_trainer(tmp_path, kl_coefficient=0.0)
     rollout = trainer.make_rollout(0)
     without = losses(trainer, rollout, kl_in="reward")
@@ -155,14 +156,33 @@ def test_the_divergence_in_the_loss_has_the_reference_and_the_coefficient(tmp_pa
     apart = losses(trainer, rollout, kl_in="reward")
     assert float((apart - without).abs().detach()) > 1e-3
     trainer.record["objective/kl_coefficient"] = 0.4
-    charged = losses(trainer, rollout, kl_in="loss", kl_estimator="k3")
+    charged = losses(trainer, rollout, kl_in="loss", kl_estimator=estimator)
     batch = trainer.micro_batch(0)
     names = ("source_ids", "source_mask", "completion_ids", "completion_mask")
     with torch.no_grad():
         now = trainer.model(*(batch[name] for name in names))["log_probs"]
-    penalty = masked_mean(kl_estimate(now, batch["reference"], "k3"), batch["completion_mask"])
-    assert penalty > 0.05
-    assert float((charged - apart).detach()) == pytest.approx(0.4 * float(penalty), rel=1e-4)
+    penalty = kl_estimate(now, batch["reference"], estimator)
+    if estimator == "k1":
+        ratio = (now - batch["log_probs"]).exp()
+        assert (ratio - 1).abs().max() > 0.05
+        penalty = ratio * penalty
+    penalty = float(masked_mean(penalty, batch["completion_mask"]))
+    assert abs(penalty) > 0.05
+    assert float((charged - apart).detach()) == pytest.approx(0.4 * penalty, rel=1e-4)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_the_divergence_in_the_loss_holds_the_policy(tmp_path, estimator):
+    """A price that leaves little room: the reward still pulls, and the policy goes less far than without it."""
+    options = {"rollouts": 8, "sources_per_rollout": 16, "mini_batch_size": 32, "ppo_epochs": 4, "learning_rate": 2e-2}
+    found = []
+    for coefficient in (0.0, 3.0):
+        fields = options | {"kl_in": "loss", "kl_estimator": estimator, "kl_coefficient": coefficient}
+        trainer = make_trainer(tmp_path, **fields)
+        trainer.train()
+        found.append(trainer.record["objective/kl"])
+    assert found[0] > 0.5
+    assert found[1] < 0.5 * found[0]
 
 
 def policy_gradient(trainer, rollout, coefficient: float) -> torch.Tensor:

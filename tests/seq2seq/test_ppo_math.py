@@ -168,6 +168,32 @@ def test_running_moments_are_those_of_all_scores():
     assert ppo_math.RunningMoments().deviation == 1.0
 
 
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("steps_away", [0.0, 0.8])
+def test_the_divergence_in_the_loss_has_the_gradient_of_a_divergence(estimator, steps_away):
+    """Enumerated over all tokens, each as often as the policy that sampled draws it: no sampling error."""
+    start, way, reference = (1.5 * numbers(seed, 2, 5).double() for seed in (40, 41, 42))
+    logits = (start + steps_away * way).requires_grad_()
+    log_probs, old, base = (torch.log_softmax(x, -1) for x in (logits, start, reference))
+    divergence = (log_probs.exp() * (log_probs - base)).sum()
+    backward = (base.exp() * (base - log_probs)).sum()
+    (wanted,) = torch.autograd.grad(divergence, logits, retain_graph=True)
+    (other,) = torch.autograd.grad(backward, logits, retain_graph=True)
+    assert (wanted - other).abs().max() > 0.1
+    expected = (old.exp() * ppo_math.loss_kl(log_probs, old, base, estimator)).sum()
+    (found,) = torch.autograd.grad(expected, logits, retain_graph=True)
+    if estimator == "k1":  # also when the policy is no longer the one that sampled
+        assert float(expected.detach()) == pytest.approx(float(divergence.detach()), abs=1e-6)
+        assert torch.allclose(found, wanted, atol=1e-5)
+        # As it stands it would pull nowhere at first, and away from what was sampled later, whatever the reference is.
+        (bare,) = torch.autograd.grad((old.exp() * (log_probs - base)).sum(), logits)
+        assert torch.allclose(bare, old.exp() - log_probs.exp(), atol=1e-6)
+    elif steps_away == 0:
+        assert torch.allclose(found, wanted if estimator == "k2" else other, atol=1e-6)
+    else:
+        assert not torch.allclose(found, wanted, atol=1e-2)
+
+
 def test_the_policy_gradient_of_a_sequence_is_the_enumerated_expectation():
     """Sampled token-level surrogate gradients, averaged, tend to ∇ Σ_y π(y) (r(y) − β log π(y)/π_ref(y))."""
     vocabulary, length, end, beta = 3, 3, 0, 0.3
