@@ -76,8 +76,8 @@ def loss_kl(
     KL(π‖π_ref) whatever π is, and so is its gradient that of KL(π‖π_ref): E[ρ (log π − log π_ref) ∇ log π], the score
     function's term, and E[ρ ∇ log π] = 0, the direct one. Without the ratio the direct one alone is left, which pulls
     nowhere (Tang and Munos 2025, "On a few pitfalls in KL divergence gradient estimation for RL"). k2 and k3 are
-    differentiated as they stand: where π is still π_old the gradient of k2 is that of KL(π‖π_ref), and that of k3, which
-    GRPO has in its loss (Shao et al. 2024, eq. 4), is that of KL(π_ref‖π).
+    differentiated as they stand: where π is still π_old the gradient of k2 is that of KL(π‖π_ref), and that of k3, as
+    GRPO has it in its loss (Shao et al. 2024, eq. 4), is that of KL(π_ref‖π).
 
     Args:
         log_probs: (R, T) log π of the current policy, with gradient.
