@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from architectures import build
-from tiny_models import ALL_FAMILIES, FAMILIES, tiny, tiny_batch, tiny_sources
+from tiny_models import ALL_FAMILIES, FAMILIES, SIDES, loud, plain_log_probs, tiny, tiny_batch, tiny_sources
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from pipelines.errors import UserError
@@ -24,18 +24,6 @@ from pipelines.seq2seq.view import (
 )
 
 ROWS = {"sample-major": [0, 1, 0, 1, 0, 1], "source-major": [0, 0, 0, 1, 1, 1]}
-
-
-def plain_log_probs(model, source, source_mask, completion, mask, rows):
-    """Teacher-forced log-probabilities by the model's own forward, the source repeated for each completion."""
-    given = {} if source_mask is None else {"attention_mask": source_mask[rows]}
-    logits = model(
-        **{model.main_input_name: source[rows]},
-        **given,
-        decoder_input_ids=decoder_inputs(model, completion),
-        use_cache=False,
-    ).logits
-    return logits.log_softmax(-1).gather(-1, completion[..., None])[..., 0] * mask
 
 
 @pytest.mark.parametrize("order", ROWS)
@@ -143,13 +131,24 @@ def test_gradients_equal_the_plain_models(family):
     assert compared > 10
 
 
-@pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_generation_and_checkpoint_stay_those_of_the_plain_class(family, tmp_path):
-    plain, view = tiny(family), as_view(tiny(family))
-    source, source_mask = tiny_sources(family)
-    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": source_mask}
+@pytest.mark.parametrize(("family", "left"), SIDES)
+def test_greedy_generation_is_the_plain_models(family, left):
+    plain, view = loud(tiny(family), 0.3), as_view(loud(tiny(family), 0.3))
+    source, source_mask = tiny_sources(family, left)
+    for model in (plain, view):
+        model.generation_config.eos_token_id = None  # all tokens that are asked for
+    # No pair of tokens twice: a random model would say the same one for ever, whatever it is given.
+    options = {"max_new_tokens": 14, "do_sample": False, "attention_mask": source_mask, "no_repeat_ngram_size": 2}
     expected = plain.generate(source, **options)
     assert torch.equal(view.generate(source, **options), expected)
+    first, second = expected[:, -12:].tolist()
+    assert first != second
+    assert min(len(set(first)), len(set(second))) > 3
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_checkpoint_stays_that_of_the_plain_class(family, tmp_path):
+    plain, view = tiny(family), as_view(tiny(family))
     assert type(view).__name__ == type(plain).__name__
     assert list(view.state_dict()) == list(plain.state_dict())
     view.save_pretrained(tmp_path)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
+
+from pipelines.seq2seq.view import decoder_inputs
 
 VOCABULARY = 50
 _T5 = {
@@ -52,6 +55,13 @@ _VIT = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "in
 FAMILIES = ("t5", "t5-untied", "mt5", "bart", "pegasus", "marian", "t5gemma")
 """Those that read text."""
 ALL_FAMILIES = (*FAMILIES, "whisper", "vision")
+SIDES = [
+    pytest.param(family, left, id=f"{family}-padded-{'left' if left else 'right'}")
+    for family in ALL_FAMILIES
+    for left in (False, True)
+    if family in FAMILIES or not left
+]
+"""Each with its sources' padding on the right, and on the left where they have any."""
 
 
 def tiny(family: str, seed: int = 0, vocabulary: int = VOCABULARY) -> transformers.PreTrainedModel:
@@ -105,12 +115,12 @@ def tiny(family: str, seed: int = 0, vocabulary: int = VOCABULARY) -> transforme
     return model.eval()
 
 
-def loud(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+def loud(model: transformers.PreTrainedModel, size: float = 0.1) -> transformers.PreTrainedModel:
     """The model with weights large enough for every position, mask and bias to show in the logits."""
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter += size * torch.randn(parameter.shape, generator=generator)
     return model
 
 
@@ -134,6 +144,18 @@ def tiny_sources(family: str, left: bool = False) -> tuple[torch.Tensor, torch.T
     if shape is None:
         return tiny_batch(left)[:2]
     return torch.randn(shape, generator=torch.Generator().manual_seed(4)), None
+
+
+def plain_log_probs(model, source, source_mask, completion, mask, rows):
+    """Teacher-forced log-probabilities by the model's own forward, the source repeated for each completion."""
+    given = {} if source_mask is None else {"attention_mask": source_mask[rows]}
+    logits = model(
+        **{model.main_input_name: source[rows]},
+        **given,
+        decoder_input_ids=decoder_inputs(model, completion),
+        use_cache=False,
+    ).logits
+    return logits.log_softmax(-1).gather(-1, completion[..., None])[..., 0] * mask
 
 
 def save_pairs(folder: Path, corpus: Path) -> Path:
