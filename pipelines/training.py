@@ -51,6 +51,7 @@ class LoopConfig(PublishFields, StageConfig):
     )
 
     def problems(self) -> list[Problem]:
+        """Saves between two log entries, and a precision or a tracker that this machine does not have."""
         found = super().problems()
         if self.save_steps % self.logging_steps:
             mend = f"give a multiple of logging_steps={self.logging_steps}, such as {self.logging_steps * 10}"

@@ -56,6 +56,7 @@ class SplitFields:
     )
 
     def problems(self) -> list[Problem]:
+        """Whether the splits leave something to train on."""
         found = list(_parent(self, SplitFields, "problems", []))
         if self.validation_fraction + self.test_fraction >= 1:
             value = self.validation_fraction + self.test_fraction
@@ -89,6 +90,7 @@ class CorpusFields(SplitFields):
     id_column: str = Field("id", description="column of the ids, used where it exists", json_schema_extra=_OF_DATA)
 
     def problems(self) -> list[Problem]:
+        """Columns and data that are named twice, and splits beside a set that brings its own."""
         found = super().problems()
         if self.text_column == self.summary_column:
             mend = "name two different columns"
@@ -142,6 +144,7 @@ class TextFields:
     )
 
     def problems(self) -> list[Problem]:
+        """Packages for a text that is not theirs."""
         found = list(_parent(self, TextFields, "problems", []))
         if self.site_packages is not None and self.text != EMBEDDED:
             problem, mend = f"is read for text={EMBEDDED} only, and text is {self.text}", "drop one of the two"
@@ -176,6 +179,7 @@ class PreferenceFields(SplitFields):
     )
 
     def problems(self) -> list[Problem]:
+        """Data that are named twice."""
         found = super().problems()
         names = ("preferences", "validation_preferences", "test_preferences")
         return found + _same_twice([(name, value) for name in names if (value := getattr(self, name)) is not None])
@@ -198,6 +202,7 @@ class RankingFields(SplitFields):
     )
 
     def problems(self) -> list[Problem]:
+        """Data that are named twice."""
         found = super().problems()
         names = ("rankings", "validation_rankings", "test_rankings")
         return found + _same_twice([(name, value) for name in names if (value := getattr(self, name)) is not None])
@@ -250,6 +255,7 @@ class StreamFields:
     _stream_field: ClassVar[str] = "dataset"
 
     def problems(self) -> list[Problem]:
+        """Fields that mean nothing of a stream, or of what is no stream."""
         found = list(_parent(self, StreamFields, "problems", []))
         first = getattr(self, self._stream_field)
         if self.mixture and not self.streaming:

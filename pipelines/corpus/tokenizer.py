@@ -36,6 +36,7 @@ class TokenizerConfig(CorpusFields, PublishFields, StageConfig):
     )
 
     def problems(self) -> list[Problem]:
+        """Whether the tokenizer or the text can be had, and that only one of them is given."""
         found = super().problems()
         if self.model is not None:
             from pipelines.seq2seq.models import check_tokenizer

@@ -50,6 +50,7 @@ class PublishFields:
     )
 
     def problems(self) -> list[Problem]:
+        """What cannot be pushed: a name, branch, message or licence that the hub refuses, an adapter of no training."""
         found = super().problems()
         if not self.push_to_hub:
             return found

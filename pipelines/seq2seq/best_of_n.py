@@ -40,6 +40,7 @@ class BestOfNConfig(RewardFields, CorpusFields, GenerationConfig, StageConfig):
     shard_size: int = Field(32, ge=1, description="documents between two savings of the samples")
 
     def problems(self) -> list[Problem]:
+        """Whether there is a model, and whether it samples."""
         found = super().problems() + model_problems({"model": self.model})
         if not self.do_sample:
             found.append(Problem("do_sample", False, "best-of-n is about samples", "leave do_sample out"))

@@ -47,6 +47,7 @@ class DirectFields(LengthConfig, LoraFields, TrainingConfig):
         return self.precompute_ref_log_probs
 
     def problems(self) -> list[Problem]:
+        """Whether the model can be had."""
         return super().problems() + model_problems({"model": self.model})
 
 

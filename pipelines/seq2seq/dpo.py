@@ -65,6 +65,7 @@ class DPOStageConfig(StreamFields, PreferenceFields, DirectFields):
         return [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
 
     def problems(self) -> list[Problem]:
+        """What the losses, the divergence from the reference and its moving cannot be together."""
         found = super().problems()
         types = self.loss_types
         if self.label_smoothing and not set(types) & set(_SMOOTHED):
@@ -94,6 +95,7 @@ class DPOStageConfig(StreamFields, PreferenceFields, DirectFields):
         return found
 
     def launch_problems(self, strategy: Strategy) -> list[Problem]:
+        """What training has to say, and that a reference in parts cannot move."""
         found = super().launch_problems(strategy)
         if not found and self.sync_ref_model and strategy != "ddp":
             problem = "a reference in parts cannot be moved and saved"

@@ -42,6 +42,7 @@ class EvaluateConfig(CorpusFields, GenerationConfig, StageConfig):
     shard_size: int = Field(512, ge=1, description="documents between two savings of a system's outputs")
 
     def problems(self) -> list[Problem]:
+        """Systems, reward model and judge that cannot be had, and names that cannot be a metric's."""
         found = super().problems() + annotator_problems(self.annotator)
         found += model_problems({f"systems.{name}": path for name, path in self.systems.items()})
         if self.reward_model is not None:

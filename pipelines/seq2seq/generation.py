@@ -34,6 +34,7 @@ class GenerationConfig(LengthConfig):
     )
 
     def problems(self) -> list[Problem]:
+        """What beam search and sampling cannot be together, after what the stage's class finds."""
         parent = getattr(super(), "problems", None)  # a mixin: the stage's class brings the rest
         found: list[Problem] = parent() if parent is not None else []
         if self.do_sample and self.num_beams > 1:

@@ -33,6 +33,7 @@ class GroupFields(RolloutFields):
     clip_range: float = Field(0.2, gt=0, description="the ratio counts only within 1 ± this")
 
     def problems(self) -> list[Problem]:
+        """Steps between two log entries that would cut rollouts."""
         found = super().problems()
         steps = self.group_epochs * (self.rows_per_rollout // self.mini_batch_size or 1)
         if self.logging_steps % steps and steps % self.logging_steps:

@@ -50,6 +50,7 @@ class KnownOptimumConfig(StageConfig):
         return completion_count(self.vocabulary, self.length)
 
     def problems(self) -> list[Problem]:
+        """Whether there is a method, and few enough completions to enumerate."""
         found = super().problems()
         if not self.methods:
             found.append(Problem("methods", [], "names nothing", "give at least one, such as dpo"))

@@ -151,12 +151,17 @@ def plackett_luce_loss(rewards: Tensor, ranking: Tensor, *, top_k: int | Tensor 
 
 
 def ranking_agreement(rewards: Tensor, ranking: Tensor, *, top_k: int | Tensor | None = None) -> Tensor:
-    """Share of the pairs that a ranking decides which the rewards order alike, a tie counting one half: (B,) fp32.
+    """Share of the pairs that a ranking decides which the rewards order alike, a tie counting one half.
+
+    (τ + 1)/2 with Kendall's (1938) τ over these pairs: 1 where all are ordered alike, 1/2 by chance.
 
     Args:
-        rewards: as for ``plackett_luce_loss``, and so the others.
-        ranking: with at least two entries in each row.
+        rewards: (B, K), as for ``plackett_luce_loss``, and so the others.
+        ranking: (B, K) with at least two entries in each row.
         top_k: as there.
+
+    Returns:
+        (B,) fp32 in [0, 1], without unit.
     """
     ordered, present, decided = _in_rank_order(rewards, ranking, top_k)
     places = torch.arange(ranking.shape[1], device=ranking.device)

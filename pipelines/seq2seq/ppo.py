@@ -66,6 +66,7 @@ class PPOConfig(RolloutFields):
     samples_kept: int = Field(4, ge=0, description="summaries of each rollout kept in samples.jsonl")
 
     def problems(self) -> list[Problem]:
+        """What the coefficient of the divergence and the early stop cannot be."""
         found = super().problems()
         if self.adaptive_kl and self.kl_coefficient == 0:
             found.append(Problem("kl_coefficient", 0.0, "cannot be adapted from 0", "give a value above 0"))

@@ -16,14 +16,14 @@ from pipelines.seq2seq.losses import kl_estimate, masked_mean
 
 
 def masked_moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and (biased) variance over the real tokens.
+    """Mean and (biased) variance over the real tokens, by the two-pass algorithm (Chan et al. 1983).
 
     Args:
         values: (R, T), or any shape.
         mask: same shape, 1 where a value counts.
 
     Returns:
-        Two fp32 scalars; 0 where nothing counts.
+        Two fp32 scalars, in the values' unit and its square; 0 where nothing counts.
     """
     values = values.float()
     mean = masked_mean(values, mask)
@@ -34,10 +34,15 @@ def masked_moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def whiten(values: Tensor, mask: Tensor, epsilon: float = 1e-8) -> Tensor:
     """Values with mean 0 and variance 1 over the real tokens; 0 elsewhere.
 
+    (x − μ) / √(σ² + ε), as the code of Ziegler et al. (2019) whitens advantages.
+
     Args:
         values: (R, T).
         mask: (R, T).
-        epsilon: added to the variance: constant values become 0, not infinity.
+        epsilon: ε, for constant values to become 0, not infinity.
+
+    Returns:
+        (R, T) fp32, without unit.
     """
     mean, variance = masked_moments(values, mask)
     return (values.float() - mean) * torch.rsqrt(variance + epsilon) * mask
@@ -95,10 +100,12 @@ def loss_kl(
 def penalize_missing_end(scores: Tensor, ended: Tensor, penalty: float) -> Tensor:
     """Scores less a penalty where a completion was cut before its end token.
 
+    r(x, y) − c, as TRL's ``missing_eos_penalty``; Ziegler et al. (2019) put a fixed low score in its place.
+
     Args:
         scores: (R,).
         ended: (R,) bool, whether the end token came.
-        penalty: ≥ 0, in units of the score.
+        penalty: c ≥ 0, in units of the score.
 
     Returns:
         (R,) fp32.
@@ -198,6 +205,8 @@ def approximate_kl(log_probs: Tensor, old_log_probs: Tensor, mask: Tensor) -> Te
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """1 − Var[R − V] / Var[R] over the real tokens: 1 for a perfect critic, 0 for a constant one, less for a worse.
+
+    The coefficient of determination with a free constant, as OpenAI's baselines log it (Dhariwal et al. 2017).
 
     Args:
         values: (R, T), the critic's estimates V.

@@ -50,6 +50,7 @@ class PreferencesConfig(CorpusFields, GenerationConfig, PublishFields, StageConf
     shard_size: int = Field(512, ge=1, description="documents between two savings of the samples")
 
     def problems(self) -> list[Problem]:
+        """Whether there is a policy to sample from, a judge, and beams enough."""
         found = super().problems() + model_problems({"model": self.model}) + annotator_problems(self.annotator)
         if self.model is None and self.preferences_file is None:
             mend = "give model=FOLDER to sample from, or preferences_file=FILE"

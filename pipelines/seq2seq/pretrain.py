@@ -69,6 +69,7 @@ class PretrainConfig(ScratchConfig, StreamFields, TextFields, LengthConfig, Trai
     _stream_field: ClassVar[str] = "text"
 
     def problems(self) -> list[Problem]:
+        """Objectives that are asked for and have no weight or no data, and what ``keep`` needs."""
         found = super().problems()
         if not self.weights():
             mend = "give one of span_weight, copy_weight, gap_weight, supervised_weight above 0"

@@ -38,6 +38,7 @@ class RewardConfig(StreamFields, PreferenceFields, LengthConfig, TrainingConfig)
     _stream_field: ClassVar[str] = "preferences"
 
     def problems(self) -> list[Problem]:
+        """Whether the model can be had."""
         return super().problems() + model_problems({"model": self.model})
 
 

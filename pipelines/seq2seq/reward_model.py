@@ -132,6 +132,7 @@ class EncoderDecoderRewardModel(PreTrainedModel):
         )
 
     def get_input_embeddings(self) -> nn.Module:
+        """The backbone's token embeddings (V, H)."""
         return self.backbone.get_input_embeddings()
 
     def encode(self, source_ids: Tensor, source_mask: Tensor) -> Tensor:

@@ -91,7 +91,16 @@ class RewardTrainer(HeldOutMeans, GroupedByLength, InParts, Trainer):
         return (loss, torch.stack([chosen, rejected], dim=1)) if return_outputs else loss
 
     def held_out(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Loss, accuracy, margin and mean score of a batch of pairs."""
+        """Loss, accuracy, margin and mean score of a batch of pairs, for the means over all held-out pairs.
+
+        Args:
+            model: the reward model, perhaps wrapped.
+            inputs: a batch of B pairs as ``PairCollator`` makes it.
+
+        Returns:
+            Scalars: ``loss`` in nats, ``accuracy`` in [0, 1], ``margin`` (chosen less rejected) and ``score`` (of all
+            2·B summaries) in units of the score.
+        """
         loss, scores = self.compute_loss(model, inputs, return_outputs=True)
         margin = scores[:, 0] - scores[:, 1]
         return {"loss": loss, "accuracy": (margin > 0).float().mean(), "margin": margin.mean(), "score": scores.mean()}

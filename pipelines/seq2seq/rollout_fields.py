@@ -40,6 +40,7 @@ class RewardFields:
         return [self.reward] if isinstance(self.reward, str) else list(self.reward)
 
     def problems(self) -> list[Problem]:
+        """Reward functions and judges that cannot be had, and weights that are not one for each."""
         found = super().problems() + reward_problems(self.reward_specs)
         found += annotator_problems(self.gold, "gold") if self.gold else []
         if not self.reward_specs:
@@ -79,6 +80,7 @@ class RolloutFields(RewardFields, CorpusFields, LengthConfig, LoraFields, Traini
         return self.sources_per_rollout * self.samples_per_source
 
     def problems(self) -> list[Problem]:
+        """Sizes of rollouts that do not divide, and fields that count in something other than rollouts."""
         found = super().problems() + model_problems({"model": self.model})
         if self.rows_per_rollout % self.mini_batch_size:
             mend = f"give a divisor of sources_per_rollout × samples_per_source = {self.rows_per_rollout}"

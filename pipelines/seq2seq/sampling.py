@@ -156,6 +156,15 @@ class GumbelSampler(LogitsProcessor):
         return gumbel_noise(keys, position, logits.shape[-1]).add_(logits)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The logits of the next position with its noise added, as ``generate`` calls a processor.
+
+        Args:
+            input_ids: (R, 1 + t), the decoder's start token and the t tokens that came so far.
+            scores: (R, V) logits of position t.
+
+        Returns:
+            (R, V) fp32; their argmax is the draw.
+        """
         return self.at(input_ids.shape[1] - 1, scores)
 
 

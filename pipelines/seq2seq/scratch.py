@@ -38,6 +38,7 @@ class ScratchConfig:
     )
 
     def problems(self) -> list[Problem]:
+        """Whether there is something to begin with, and whether it can be: a model, or a tokenizer for a new one."""
         parent = getattr(super(), "problems", None)  # a mixin: the stage's class brings the rest
         found: list[Problem] = parent() if parent is not None else []
         if self.model is None and self.tokenizer is None:

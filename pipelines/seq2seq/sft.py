@@ -50,6 +50,7 @@ class SFTConfig(ScratchConfig, StreamFields, CorpusFields, LengthConfig, Trainin
     )
 
     def problems(self) -> list[Problem]:
+        """What ``keep=best`` and a stream cannot go with."""
         found = super().problems()
         if self.keep == "best" and self.eval_steps is not None and self.save_steps % self.eval_steps:
             mend = f"give a divisor of save_steps={self.save_steps}"

@@ -43,6 +43,7 @@ class ShipConfig(StageConfig):
     largest_mb: float = Field(20.0, gt=0, description="megabytes (10^6 bytes) that the folder may have, all files")
 
     def problems(self) -> list[Problem]:
+        """Whether there are phases, and weights in the last one."""
         found = super().problems()
         if not self.phases:
             found.append(Problem("phases", [], "names nothing", "give the folder of a pretraining"))

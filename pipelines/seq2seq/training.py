@@ -46,6 +46,7 @@ class TrainingConfig(LoopConfig):
     )
 
     def launch_problems(self, strategy: Strategy) -> list[Problem]:
+        """What the loop has to say, and that Adafactor does not train in parts."""
         found = super().launch_problems(strategy)
         if not found and self.optimizer == "adafactor" and strategy != "ddp":
             problem = "it keeps the means of whole rows and columns, and weights are in parts"

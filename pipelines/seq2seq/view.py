@@ -386,7 +386,7 @@ def sequence_log_probs(
         temperature: the logits are divided by it.
 
     Returns:
-        (R, T) in fp32, 0 where the mask is 0. The head is applied to the real positions only.
+        (R, T) in fp32 and nats, 0 where the mask is 0. The head is applied to the real positions only.
     """
     ids, mask, back = left_aligned(completion_ids, completion_mask.bool())
     states = decode(model, encoder_states, source_mask, decoder_inputs(model, ids), order=order)
