@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from preference_environment import same_outcome, stage_settings
+from preference_environment import LENGTHS, same_outcome, stage_settings
 from tiny_models import FAMILIES, save_pairs, tiny, tiny_batch
 
 from pipelines.errors import UserError
-from pipelines.seq2seq.collators import GroupedByLength, LengthGroupedSampler, PairCollator, pad_rows
+from pipelines.seq2seq.collators import GroupedByLength, LengthGroupedSampler, PairCollator, pad_rows, tokenize_pairs
 from pipelines.seq2seq.metrics import wilson_interval
 from pipelines.seq2seq.reward import RewardConfig, reward
 from pipelines.seq2seq.reward_model import EncoderDecoderRewardModel, RewardScorer, load_reward_model
@@ -116,6 +116,24 @@ def test_gradient_of_the_loss_is_the_surprise_times_the_difference_of_score_grad
     surprise = torch.sigmoid(rejected - chosen).item()
     expected = -surprise * (gradient(chosen) - gradient(rejected))
     torch.testing.assert_close(gradient(trainer.compute_loss(model, batch)), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_training_step_encodes_each_document_once_for_chosen_and_rejected(tiny_t5, pairs, tokenizer, tmp_path):
+    from datasets import load_from_disk
+
+    rows = tokenize_pairs(load_from_disk(str(pairs))["train"], tokenizer, LENGTHS)[0]
+    model = EncoderDecoderRewardModel.from_seq2seq(str(tiny_t5), LENGTHS)
+    seen = []
+    for name, part in (("encoder", model.backbone.get_encoder()), ("decoder", model.backbone.get_decoder())):
+        part.register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: seen.append((name, len(kwargs["input_ids"]))), with_kwargs=True
+        )
+    options = {"use_cpu": True, "report_to": [], "save_strategy": "no", "gradient_accumulation_steps": 2}
+    given = transformers.TrainingArguments(str(tmp_path), max_steps=2, per_device_train_batch_size=4, **options)
+    before = model.score_head.weight.detach().clone()
+    RewardTrainer(model, given, rows, None, tokenizer).train()
+    assert seen == [("encoder", 4), ("decoder", 8)] * 4  # two steps of two batches
+    assert not torch.equal(model.score_head.weight, before)
 
 
 def test_the_stage_learns_and_says_how_sure_it_may_be(trained):
