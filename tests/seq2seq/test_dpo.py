@@ -1,5 +1,6 @@
 """DPO on TRL's trainer: loss and gradient against the definition, references, LoRA, resuming, what is refused."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -9,7 +10,7 @@ import pytest
 import torch
 import transformers
 from preference_environment import LENGTHS, arguments, same_outcome, stage_settings, t5
-from tiny_models import save_pairs, tiny
+from tiny_models import loud, save_pairs, tiny
 
 from pipelines.errors import UserError
 from pipelines.seq2seq.collators import tokenize_pairs
@@ -58,6 +59,26 @@ def test_first_loss_is_ln2_in_training_mode_with_dropout_configured(tiny_t5, row
     trainer.model.train()
     loss = trainer.compute_loss(trainer.model, first_batch(trainer))
     assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_the_logged_entropy_is_that_of_the_plain_models_distributions(tiny_t5, rows, tokenizer, tmp_path):
+    """Of the policy as the step found it, at the tokens of both completions: far from ln V, where it says nothing."""
+    model = loud(t5(tiny_t5), 1.0)
+    plain = copy.deepcopy(model).eval()
+    trainer = EncoderDecoderDPOTrainer(model, arguments(tmp_path, max_steps=1), rows, tokenizer, LENGTHS)
+    collate, seen = trainer.data_collator, []
+    trainer.data_collator = lambda examples: seen.append(collate(examples)) or seen[-1]
+    trainer.train()
+    batch = seen[0]
+    with torch.no_grad():
+        logits = plain(
+            input_ids=batch["encoder_input_ids"].repeat(2, 1),
+            attention_mask=batch["encoder_attention_mask"].repeat(2, 1),
+            decoder_input_ids=batch["input_ids"][:, :-1],
+        ).logits
+    found = torch.distributions.Categorical(logits=logits).entropy()[batch["completion_mask"][:, 1:].bool()]
+    assert 0.5 < found.mean() < math.log(len(tokenizer)) - 0.5
+    assert trainer.state.log_history[0]["entropy"] == pytest.approx(found.mean().item(), abs=1e-4)
 
 
 def test_loss_and_gradient_are_those_of_the_paper(tiny_t5, rows, tokenizer, tmp_path):

@@ -1,8 +1,10 @@
 """What each option of PPO does to rewards, losses and gradients, against the plain model and arithmetic by hand."""
 
+import math
+
 import pytest
 import torch
-from ppo_environment import count_w5, make_policy, make_trainer
+from ppo_environment import VOCABULARY, count_w5, make_policy, make_trainer
 
 from pipelines.seq2seq.losses import kl_estimate, masked_mean
 
@@ -122,6 +124,16 @@ def plain_entropy(trainer, batch) -> float:
         )
     found = logits.log_softmax(-1)
     return float(masked_mean(-(found.exp() * found).sum(-1), mask))
+
+
+def test_the_logged_entropy_is_that_of_the_plain_models_distributions(tmp_path):
+    """Of the policy that sampled, at the sampled tokens: far from ln V, where it says nothing."""
+    trainer = make_trainer(tmp_path, rollouts=1)
+    moved(trainer, 1.5)
+    expected = plain_entropy(trainer, trainer.make_rollout(0))
+    assert 0.3 < expected < math.log(VOCABULARY) - 0.3
+    trainer.train()
+    assert trainer.state.log_history[0]["objective/entropy"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_entropy_bonus_is_the_entropy_of_the_policy(tmp_path):

@@ -1,6 +1,7 @@
 """The PPO trainer on tiny models: exact ratios, encode once, learning, exact resume."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def test_the_reward_rises(tmp_path):
     assert sum(rewards[-3:]) / 3 > rewards[0] + 2.0
     last = [entry for entry in trainer.state.log_history if "rollout" in entry][-1]
     assert last["objective/kl"] > 0.5
-    assert 0 < last["objective/entropy"] < torch.log(torch.tensor(float(VOCABULARY)))
+    assert 0 < last["objective/entropy"] < math.log(VOCABULARY) - 0.5
 
 
 def test_what_a_rollout_is_does_not_depend_on_how_it_is_computed(tmp_path):
