@@ -1,7 +1,11 @@
 """Every loss and divergence of DPO against its formula on the plain model; references; sources that are not text."""
 
+import ast
 import copy
+import inspect
 import math
+import re
+import textwrap
 
 import pytest
 import torch
@@ -11,10 +15,11 @@ from preference_environment import LENGTHS, arguments, t5
 from tiny_models import loud, save_pairs, tiny
 from torch import Tensor
 from transformers import TrainerCallback
-from trl import DPOConfig
+from trl import DPOConfig, DPOTrainer
 
 from pipelines.config import validate
 from pipelines.errors import UserError
+from pipelines.seq2seq import dpo
 from pipelines.seq2seq.collators import tokenize_pairs
 from pipelines.seq2seq.dpo import DPOStageConfig, LossType
 from pipelines.seq2seq.dpo_trainer import EncoderDecoderDPOTrainer, pair_log_probs
@@ -113,6 +118,28 @@ def formula(loss_type: str, policy: Tensor, reference: Tensor, mask: Tensor, div
         "sigmoid_norm": -log_s(b * (f_w / n_w - f_l / n_l)),
     }
     return values[loss_type].mean().item()
+
+
+def trls_branches(chosen_by: str) -> dict[str, str]:
+    """What TRL's trainer compares a variable with -> the code it runs where they are equal."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(DPOTrainer._compute_loss)))
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Compare) and ast.unparse(node.test.left) == chosen_by:
+            name = ast.literal_eval(node.test.comparators[0])
+            found[name] = "".join(map(ast.unparse, node.body))
+    return found
+
+
+def test_the_losses_and_divergences_are_those_that_trl_knows():
+    """A TRL that adds or drops one, or reads other fields for it, is noticed here."""
+    losses = trls_branches("loss_type")
+    assert set(LossType.__args__) == set(losses)
+    assert set(dpo._SMOOTHED) == {name for name, code in losses.items() if "label_smoothing" in code}
+    divergence = DPOStageConfig.__pydantic_fields__["f_divergence"].annotation
+    assert set(divergence.__args__) == set(trls_branches("self.f_divergence_type"))
+    listed = re.search(r"f_divergence_loss_types = (\{[^}]+\})", inspect.getsource(DPOTrainer.__init__))
+    assert set(dpo._ANY_DIVERGENCE) == ast.literal_eval(listed[1])
 
 
 CASES = [(name, "reverse_kl") for name in LossType.__args__]
