@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
@@ -50,6 +51,22 @@ def pad_rows(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]
         ids[index, : len(row)] = torch.as_tensor(row, dtype=torch.long)
         mask[index, : len(row)] = 1
     return ids, mask
+
+
+def join_rows(parts: Sequence[Tensor], value: float) -> Tensor:
+    """Batches of unlike lengths, one below the other.
+
+    Args:
+        parts: tensors (Rᵢ, Tᵢ, …), such as tokens, or frames of speech.
+        value: what the shorter ones are filled up with, behind their last place.
+
+    Returns:
+        (Σ Rᵢ, max Tᵢ, …).
+    """
+    longest = max(part.shape[1] for part in parts)
+    # `pad` counts from the last dimension.
+    filled = (pad(part, (0, 0) * (part.dim() - 2) + (0, longest - part.shape[1]), value=value) for part in parts)
+    return torch.cat(list(filled))
 
 
 @dataclass

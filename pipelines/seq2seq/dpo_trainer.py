@@ -32,6 +32,7 @@ from pipelines.seq2seq.collators import (
     sources_of,
     tokenize_pairs,
 )
+from pipelines.seq2seq.guard import check_batch
 from pipelines.seq2seq.held_out import HeldOutMeans
 from pipelines.seq2seq.losses import sequence_sum
 from pipelines.seq2seq.scoring import score_in_one_pass
@@ -41,7 +42,6 @@ from pipelines.seq2seq.stacks import run_encoder, source_name, unwrap
 from pipelines.seq2seq.training import LengthConfig
 from pipelines.seq2seq.view import (
     as_view,
-    check_log_probs,
     decoder_start_id,
     in_shards,
     sequence_log_probs,
@@ -188,31 +188,31 @@ class EncoderDecoderDPOTrainer(HeldOutMeans, GroupedByLength, InParts, DPOTraine
         return {"loss": loss} | logged
 
     @torch.no_grad()
-    def _check_log_probs(self, inputs: dict[str, Tensor]) -> None:
-        """Compare the first pair's log-probabilities as TRL gets them with the plain model's teacher-forced ones.
+    def _check_log_probs(self, inputs: dict[str, Any]) -> None:
+        """Compare log-probabilities of the first batch as TRL gets them with the plain model's teacher-forced ones.
 
-        The failures this trainer could have are silent (a completion scored without its source, against a shifted
-        label, through half a head: uniform entropy and a loss that falls all the same), so the first batch is proof.
+        The failures this trainer could have are silent (a completion scored without its source or with another's,
+        against a shifted label, through half a head: entropies that mean nothing and a loss that falls all the same),
+        so the first batch is proof.
 
         Raises:
             RuntimeError: they differ.
         """
         inner = unwrap(self.model)
         if not inputs["completion_mask"].any(dim=1).all():
-            raise RuntimeError("a preference pair has a completion without a token")
+            raise RuntimeError("there is a completion without a token")
         if in_shards(inner):
             return
         training = inner.training
         inner.eval()
-        rows = [0, len(inputs["input_ids"]) // 2]
-        batch = {name: inputs[name][rows] for name in ("input_ids", "attention_mask", "completion_mask")}
-        side = {name: value[:1] for name, value in inputs.items() if name.startswith("encoder_")}
-        ids, mask = batch["input_ids"], batch.pop("completion_mask")
+        ids, mask = inputs["input_ids"], inputs["completion_mask"]
+        side = {name: value for name, value in inputs.items() if name.startswith("encoder_")}
         with self.accelerator.autocast():
-            labels = ids.masked_fill(mask == 0, -100)
-            fused = inner(**batch, **side, labels=labels, fused_lm_head=True, use_cache=False).log_probs
-            sources = {name.removeprefix("encoder_"): torch.cat([value, value]) for name, value in side.items()}
-            check_log_probs(inner, sources, ids[:, 1:], mask[:, 1:], fused)
+            given = {"input_ids": ids, "attention_mask": inputs["attention_mask"], "use_cache": False} | side
+            fused = inner(**given, labels=ids.masked_fill(mask == 0, -100), fused_lm_head=True).log_probs
+            order = side.pop("encoder_rows", "sample-major")
+            sources = {name.removeprefix("encoder_"): value for name, value in side.items()}
+            check_batch(inner, sources, ids[:, 1:], mask[:, 1:], fused, order=order)
         inner.train(training)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -28,7 +28,7 @@ from pipelines.seq2seq.losses import sequence_sum
 from pipelines.seq2seq.rewards import Rewards
 from pipelines.seq2seq.sampling import GumbelSampler, prompt_keys, sample_completions
 from pipelines.seq2seq.sharded import InParts, share_embedding, whole
-from pipelines.seq2seq.view import as_view, decoder_start_id, encode, silence_dropout
+from pipelines.seq2seq.view import as_view, check_log_probs, decoder_start_id, encode, silence_dropout
 
 # TRL's names for what our other trainers log, and theirs.
 _LOGGED = {
@@ -81,6 +81,7 @@ class _Groups(InParts):
         self.rewards, self.gold, self.missing_eos_penalty = rewards, gold, missing_eos_penalty
         self._rows: list[dict[str, Any]] = []
         self._passes: list[tuple[tuple, Tensor]] = []
+        self._unchecked = True
         silence_dropout(as_view(model))
         # TRL would load its reference by the checkpoint's name, as a plain class.
         beta, args.beta = args.beta, 0.0
@@ -278,6 +279,8 @@ class _Groups(InParts):
             if compute_entropy:
                 entropies.append(outputs.entropy)
         log_probs = torch.cat(found)
+        if self._unchecked and model is not self.ref_model:
+            self._check_log_probs(model, input_ids, attention_mask, log_probs)
         if not compute_entropy:
             self._passes.append(((input_ids, attention_mask, logits_to_keep, batch_size), log_probs))
         if not torch.isfinite(log_probs.detach()).all():
@@ -286,6 +289,24 @@ class _Groups(InParts):
                 "learning_rate", rate, f"the policy diverged to NaN by step {self.state.global_step}", "lower it"
             )
         return log_probs, torch.cat(entropies) if compute_entropy else None, None
+
+    def _check_log_probs(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, found: Tensor) -> None:
+        """Compare the first batch with the plain class: first and last completion of the first and the last source.
+
+        Each goes beside the source that stands in its own row of TRL's.
+
+        Raises:
+            RuntimeError: they differ.
+        """
+        samples, (count, length) = self.num_generations, found.shape
+        rows = sorted({0, samples - 1, count - samples, count - 1})
+        ids, mask = input_ids[rows, -length:], attention_mask[rows, -length:]
+        alone = [input_ids[row, :-length][attention_mask[row, :-length].bool()].tolist() for row in rows]
+        source_ids, source_mask = (t.to(ids.device) for t in pad_rows(alone, self.processing_class.pad_token_id))
+        with self.accelerator.autocast():
+            sources = {"input_ids": source_ids, "attention_mask": source_mask}
+            check_log_probs(model, sources, ids, mask, found[rows].detach(), temperature=self.temperature)
+        self._unchecked = False
 
     # --- logs, checkpoints ---
 

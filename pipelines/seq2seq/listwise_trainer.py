@@ -156,15 +156,6 @@ class ListwiseDPOTrainer(EncoderDecoderDPOTrainer):
                 self._metrics[mode][name].append(self.accelerator.gather_for_metrics(values).mean().item())
         return (loss, None) if return_outputs else loss
 
-    def _check_log_probs(self, inputs: dict[str, Tensor]) -> None:
-        # The check compares two rows of one source.
-        pair = {name: inputs[name][:2] for name in ("input_ids", "attention_mask", "completion_mask")}
-        super()._check_log_probs(
-            pair | {name: inputs[name][:1] for name in ("encoder_input_ids", "encoder_attention_mask")}
-        )
-        if not inputs["completion_mask"].any(dim=1).all():
-            raise RuntimeError("a list has a completion without a token")
-
 
 def _by_source(values: Tensor, present: Tensor) -> Tensor:
     """(R,) values of source-major rows as (B, K), 0 beyond the end of a shorter list; ``present`` (B, K) says where."""

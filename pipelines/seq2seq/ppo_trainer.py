@@ -26,7 +26,8 @@ from pipelines.errors import UserError
 from pipelines.seq2seq import ppo_math
 from pipelines.seq2seq.actor_critic import ActorCritic, Reference
 from pipelines.seq2seq.annotators import Annotator
-from pipelines.seq2seq.collators import CollateSources, sources_of
+from pipelines.seq2seq.collators import CollateSources, join_rows, sources_of
+from pipelines.seq2seq.guard import check_batch
 from pipelines.seq2seq.losses import kl_estimate, masked_mean, sequence_sum
 from pipelines.seq2seq.ppo_arguments import PPOArguments
 from pipelines.seq2seq.rewards import Rewards
@@ -34,7 +35,7 @@ from pipelines.seq2seq.sample_table import SampleTable
 from pipelines.seq2seq.sampling import GumbelSampler, prompt_keys, sample_completions
 from pipelines.seq2seq.sharded import share_embedding, whole
 from pipelines.seq2seq.stacks import source_name, unwrap
-from pipelines.seq2seq.view import as_view, check_log_probs, encode, silence_dropout
+from pipelines.seq2seq.view import as_view, encode, silence_dropout
 
 STATE_FILE = "ppo_state.pt"
 Rollout = dict[str, Tensor]
@@ -243,18 +244,13 @@ class PPOTrainer(Trainer):
             # Not what sampling saw: with a cache the same numbers come in another order of additions, and the first
             # ratio would not be 1.
             found = self.model(*batch, encoder_states=states, temperature=args.temperature, with_entropy=True)
-            if not self._checked:
-                first = {name: tensor[:1] for name, tensor in sources.items()}
-                rows = (completion_ids[:1], completion_mask[:1], found["log_probs"][:1])
-                check_log_probs(self.model.policy, first, *rows, temperature=args.temperature)
-                self._checked = True
             found["reference"] = self.reference.log_probs(*batch, temperature=args.temperature)
             names = ("source_ids", "source_mask", "completion_ids", "completion_mask")
             chunks.append({k: v for k, v in zip(names, batch, strict=True) if v is not None} | found)
         back = torch.tensor(order).argsort()
         rows = (back[:, None] * samples + torch.arange(samples)).flatten()
         return {
-            name: _join([chunk[name] for chunk in chunks], pad if name.endswith("_ids") else 0)[
+            name: join_rows([chunk[name] for chunk in chunks], pad if name.endswith("_ids") else 0)[
                 back if name.startswith("source_") else rows
             ]
             for name in chunks[0]
@@ -319,6 +315,15 @@ class PPOTrainer(Trainer):
         self.halted = args.max_kl is not None and kl > args.max_kl
         return data
 
+    @torch.no_grad()
+    def _check(self, batch: dict[str, Tensor]) -> None:
+        """Compare log-probabilities of the first batch, as it is trained on, with the plain class's."""
+        sources = {source_name(self.model.policy): batch["source_ids"], "attention_mask": batch.get("source_mask")}
+        rows = (batch["completion_ids"], batch["completion_mask"], batch["log_probs"])
+        with self.accelerator.autocast(), whole(self.model):
+            check_batch(self.model.policy, sources, *rows, order="source-major", temperature=self.args.temperature)
+        self._checked = True
+
     # --- the optimizer's steps ---
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -329,6 +334,8 @@ class PPOTrainer(Trainer):
         if within == 0:
             self.rollout, self.stopped = self.make_rollout(rollout), False
             self.statistics.zero_()
+            if not self._checked:
+                self._check(self.micro_batch(number))
         if self.stopped or self.halted:
             # Without gradients the optimizer leaves the weights and its own averages as they are.
             return torch.zeros((), device=self.args.device)
@@ -440,9 +447,3 @@ class PPOTrainer(Trainer):
         self.kl_coefficient = saved["kl_coefficient"]
         self.score_moments = ppo_math.RunningMoments(*saved["score_moments"])
         self.samples.rewind(saved["next_rollout"])
-
-
-def _join(tensors: list[Tensor], pad: int) -> Tensor:
-    """Matrices of unlike widths, one below the other."""
-    width = max(t.shape[1] for t in tensors)
-    return torch.cat([torch.nn.functional.pad(t, (0, width - t.shape[1]), value=pad) for t in tensors])
