@@ -145,25 +145,8 @@ def _one(
 
 
 def figure(rows: list[dict]) -> str:
-    """Sharpness against β (left) and against the nats that z carries (right), a colour for each likelihood, as SVG."""
-    import matplotlib
+    """Sharpness against β (above) and against the nats that z carries (below), a colour for each likelihood, as SVG."""
+    from pipelines.reporting.plots import svg
+    from pipelines.reporting.sections.vae_blur import ALT, drawing
 
-    from pipelines.reporting.plots import SERIES, STYLE, WIDTH, new_figure, svg
-
-    with matplotlib.rc_context(STYLE):
-        picture, axes = new_figure(2, height=4.6, width=WIDTH)
-        for axis, key, label in (
-            (axes[0], "beta", "weight of the divergence, β"),
-            (axes[1], "kl", "KL, nats an image"),
-        ):
-            for number, likelihood in enumerate(dict.fromkeys(row["likelihood"] for row in rows)):
-                mine = sorted((row[key], row["sharpness"]) for row in rows if row["likelihood"] == likelihood)
-                axis.plot(*zip(*mine, strict=True), marker="o", markersize=3, color=SERIES[number], label=likelihood)
-            axis.set_xlabel(label)
-            axis.set_ylabel("sharpness, images = 1")
-            axis.set_ylim(bottom=0)
-        if min(row["beta"] for row in rows) > 0:
-            axes[0].set_xscale("log")
-        axes[0].legend()
-        alt = "Sharpness of reconstructions falls with β, and rises with the nats that the latent carries."
-        return svg(picture, "vae-blur", alt, standalone=True)
+    return svg(drawing(rows), "vae-blur", ALT, standalone=True)

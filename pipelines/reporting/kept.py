@@ -1,39 +1,28 @@
 """What is kept of finished runs under docs/results, and the Markdown that a document shows of it.
 
-There are five kinds: metrics of summarization systems (the flat ``metrics.json`` of a run), those of several runs (one
-a seed), a comparison of written and learnt prompts (the stage's ``comparison.json``), runs of image models (one a
-seed), and an exercise of the problem set.
+There are six kinds: metrics of summarization systems (the flat ``metrics.json`` of a run), those of several runs (one a
+seed), a comparison of written and learnt prompts (the stage's ``comparison.json``), runs of image models (one a seed),
+a sweep of autoencoders that blur, and an exercise of the problem set.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
-from pipelines.reporting.metrics import (
-    ERROR,
-    HIGH,
-    LOW,
-    check_metrics,
-    format_mean,
-    is_interval_key,
-    read_json,
-    read_metrics,
-)
+from pipelines.reporting.alike import check_measured, check_stages, configurations, judge
+from pipelines.reporting.kept_images import image_metrics, images_block
+from pipelines.reporting.metrics import HIGH, LOW, check_metrics, format_mean, read_json, read_metrics
 from pipelines.reporting.run import Run, Stage, read_run
-from pipelines.reporting.sections.images import MEASURES, REAL, explained
-from pipelines.reporting.sections.images_training import BOUNDS
-from pipelines.reporting.sections.images_training import KINDS as IMAGE_STAGES
 from pipelines.reporting.sections.problems import EXERCISE, exercise_table
 from pipelines.reporting.sections.prompting_compare import CHOSEN, compared
+from pipelines.reporting.sections.vae_blur import ALT, DRAWN, PICTURE, SHARPNESS, explained, sweep_table
+from pipelines.reporting.sections.vae_blur import SWEEP as SWEEP_FILE
 from pipelines.reporting.tables import (
     BASELINES,
     README_MEASURES,
-    Cell,
-    Table,
     markdown_table,
     results_table,
     system_label,
@@ -41,8 +30,11 @@ from pipelines.reporting.tables import (
     systems_table,
 )
 
-SEEDS, COMPARISON, PAGE = "runs", "points", "page"
+SEEDS, COMPARISON, PAGE, SWEEP = "runs", "points", "page", "sweep"
 """The key by which the content of each kind is told; metrics of one run of summarization systems have none of them."""
+
+STAGES, WITHOUT_STAGES = "stages", "without_stages"
+"""Of runs one a seed: the fields of their stages, and the seeds whose fields were not kept."""
 
 HEADLINES = {
     "continual_learning": ("methods", "long"),
@@ -52,27 +44,24 @@ HEADLINES = {
 """Exercise -> which of its tables are kept; of others all of them."""
 
 _COUNTS = {"train_images": "training images", "test_images": "test images", "seeds": "seeds"}
-_SAMPLES = tuple(measure for measure in MEASURES if measure != "bound")
-_OF_VAES = ("negative_elbo", "kl", "reconstruction")
-_COUNTED = ("parameters", "steps")
-_PLACES = 6
-_BOUNDS_AND_TIME = ("bound", *_OF_VAES, *_COUNTED, "train_runtime", "train_cpu_runtime", "seconds_a_sample")
 
 
 def opened(folder: Path) -> Run:
-    """A run's folder, or that of an exercise which was run by itself, as a run of one stage.
+    """A run's folder, or that of a stage which was run by itself (a recipe, an exercise), as a run of one stage.
 
     Raises:
         UserError: if it is neither, or one of its files is damaged.
     """
-    exercise = read_json(folder / EXERCISE) if (folder / EXERCISE).is_file() else None
-    if not isinstance(exercise, dict):
+    if (folder / "run.json").is_file() or not (folder / "stage.json").is_file():
         return read_run(folder)
     record = read_json(folder / "stage.json")
     if not isinstance(record, dict):
         raise UserError("file", str(folder / "stage.json"), "not a JSON object", "run its stage again")
-    stage = Stage(exercise[PAGE], folder, record)
-    return Run(folder, stage.name, exercise["title"], "", record.get("seed"), (stage,), stage.metrics)
+    exercise = read_json(folder / EXERCISE) if (folder / EXERCISE).is_file() else None
+    kind = Stage(folder.resolve().name, folder, record).kind
+    name, title = (exercise[PAGE], exercise["title"]) if isinstance(exercise, dict) else (kind, kind)
+    stage = Stage(name, folder, record)
+    return Run(folder, stage.name, title, "", record.get("seed"), (stage,), stage.metrics)
 
 
 def kept(runs: Sequence[Run]) -> dict[str, Any]:
@@ -86,11 +75,14 @@ def kept(runs: Sequence[Run]) -> dict[str, Any]:
     """
     measured = [_the(run, "measure", "settings.json") for run in runs]
     if all(measured):
-        return {"settings": measured[0].json("settings.json"), SEEDS: _seeds(runs, measured, _image_metrics)}
+        settings = measured[0].json("settings.json")
+        drawn = [name for name in settings["families"] if (measured[0].folder / f"{name}.png").is_file()]
+        pictures = {"seed": measured[0].record.get("seed"), "systems": drawn}
+        return {"settings": settings, "pictures": pictures, **_by_seed(runs, measured, image_metrics)}
     if len(runs) > 1:
         evaluated = [_the(run, "evaluate", "settings.json") for run in runs]
         if all(evaluated):
-            return {SEEDS: _seeds(runs, evaluated, lambda run, _: run.metrics)}
+            return _by_seed(runs, evaluated, lambda run, _: run.metrics)
         what, found = ("image models", measured) if any(measured) else ("summaries", evaluated)
         without = next(run for run, stage in zip(runs, found, strict=True) if stage is None)
         mend = "give one run, or several finished ones of image models or of summaries, one a seed"
@@ -98,6 +90,8 @@ def kept(runs: Sequence[Run]) -> dict[str, Any]:
     (run,) = runs
     if (run.folder / EXERCISE).is_file():
         return _kept_exercise(run)
+    if swept := _the(run, "vae_blur", SWEEP_FILE):
+        return _kept_sweep(swept)
     comparison = _the(run, "compare", "comparison.json")
     return comparison.json("comparison.json") if comparison else read_metrics(run.folder / "metrics.json")
 
@@ -111,62 +105,79 @@ def _the(run: Run, kind: str, file: str) -> Stage | None:
     return found[0] if found else None
 
 
-def _seeds(
+def _by_seed(
     runs: Sequence[Run], measured: Sequence[Stage], metrics_of: Callable[[Run, Stage], Mapping[str, float]]
-) -> list[dict[str, Any]]:
-    """The seed and metrics of each run, which must be alike in all else."""
-    found = []
-    for number, (run, stage) in enumerate(zip(runs, measured, strict=True)):
-        _check_alike(runs[0], run)
-        if any(stage.record.get("fingerprint") == other.record.get("fingerprint") for other in measured[:number]):
-            raise UserError("--run", str(run.folder), "is the same as another one", "give runs of different seeds")
-        found.append({"seed": stage.record.get("seed"), "metrics": metrics_of(run, stage)})
+) -> dict[str, Any]:
+    """The stages' fields, which all runs must share, and the seed and metrics of each."""
+    found: dict[str, Any] = {STAGES: configurations(runs[0]), SEEDS: []}
+    for run, stage in zip(runs, measured, strict=True):
+        entry = {"seed": stage.record.get("seed"), "metrics": metrics_of(run, stage)}
+        if run is not runs[0]:
+            _check_run(found, configurations(run), entry, str(run.folder), str(runs[0].folder))
+        found[SEEDS].append(entry)
     return found
 
 
-def _image_metrics(run: Run, stage: Stage) -> dict[str, float]:
-    metrics = {key: value for key, value in run.metrics.items() if not is_interval_key(key)}
-    for trained in run.of_kind(*IMAGE_STAGES):
-        if timing := trained.json("timing.json"):
-            metrics |= {f"{trained.name}/{name}": value for name, value in timing[-1].items() if name != "step"}
-            metrics |= _while_training(trained, timing)
-    seconds = (stage.json("timing.json") or {}).get("seconds_a_sample", {})
-    return metrics | {f"{name}/seconds_a_sample": value for name, value in seconds.items()}
+def _check_run(
+    content: Mapping[str, Any], stages: Mapping[str, Any], entry: Mapping[str, Any], where: str, than: str
+) -> None:
+    """Refuse a run that differs in more than the seed from those kept, as far as the content can tell."""
+    if STAGES in content:
+        check_stages(content[STAGES], stages, where, than)
+    first = content[SEEDS][0]["metrics"]
+    if any(key.startswith("measure/") for key in first):
+        check_measured(first, entry["metrics"], judge(stages), where, than)
+    if entry["seed"] in [other["seed"] for other in content[SEEDS]]:
+        problem = f"is another run of the seed {entry['seed']}, which {than} has"
+        raise UserError("--run", where, problem, "give runs of different seeds")
 
 
-def _while_training(trained: Stage, timing: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The bound as it was measured on the way, and the processor's seconds until then: ``NAME/MEASURE@STEP``."""
-    seconds = {entry["step"]: entry["train_cpu_runtime"] for entry in timing if "train_cpu_runtime" in entry}
-    found = {}
-    for name in BOUNDS:
-        for step, value in zip(*trained.curve(f"eval_{name}"), strict=True):
-            if step in seconds:
-                found[f"{trained.name}/eval_{name}@{step:.0f}"] = value
-                found[f"{trained.name}/train_cpu_runtime@{step:.0f}"] = seconds[step]
-    return found
+def added(content: Mapping[str, Any], runs: Sequence[Run], than: str) -> dict[str, Any]:
+    """What a file keeps together with further runs, one a seed, that differ from those it keeps in the seed alone.
 
+    Args:
+        content: of the file. One that was written before the stages' fields were kept is compared by what it has:
+            settings, counts, and the measures of the classifier. ``WITHOUT_STAGES`` then names its seeds.
+        runs: the further ones; pictures of samples are the first one's, where the file has none.
+        than: what the file is called.
 
-def _check_alike(first: Run, run: Run) -> None:
-    """Refuse a run whose stages have other values than those of the first, seeds and folders apart."""
-    where, mend = str(run.folder), f"give runs that differ from {first.folder} in the seed alone"
-    if first.order != run.order:
-        raise UserError("--run", where, f"has the stages {', '.join(run.order)}", mend)
-    for one, other in zip(first.stages, run.stages, strict=True):
-        for name in sorted({*one.config, *other.config} - {"seed", "output_dir"}):
-            if _within(one, name) != _within(other, name):
-                raise UserError("--run", where, f"{one.name}.{name} is {other.config.get(name)} in it", mend)
-
-
-def _within(stage: Stage, name: str) -> str:
-    """A field's value; of what lies in the run's own folder the place in it."""
-    own = str(Path(stage.config.get("output_dir", stage.folder)).parent)
-    return json.dumps(stage.config.get(name)).replace(json.dumps(own)[1:-1], "")
+    Raises:
+        UserError: if the file keeps none of several, or the runs are not like those it keeps.
+    """
+    if SEEDS not in content:
+        raise UserError("--add", than, "keeps one run, not one a seed", "leave out --add and give every run by --run")
+    new = kept(runs)
+    if SEEDS not in new or ("settings" in new) != ("settings" in content):
+        kind = "image models" if "settings" in content else "summaries"
+        raise UserError("--run", str(runs[0].folder), f"has not what {than} keeps", f"give finished runs of {kind}")
+    for name in sorted({*content.get("settings", {})} & {*new.get("settings", {})}):
+        if content["settings"][name] != new["settings"][name]:
+            problem = f"{name} is {new['settings'][name]} in it, not {content['settings'][name]}"
+            mend = f"give runs that differ from those of {than} in the seed alone"
+            raise UserError("--run", str(runs[0].folder), problem, mend)
+    found = {**new, **content, STAGES: content.get(STAGES, new[STAGES]), SEEDS: list(content[SEEDS])}
+    if STAGES not in content:
+        found[WITHOUT_STAGES] = [entry["seed"] for entry in content[SEEDS]]
+    for run, entry in zip(runs, new[SEEDS], strict=True):
+        _check_run({**content, SEEDS: found[SEEDS]}, new[STAGES], entry, str(run.folder), than)
+        found[SEEDS].append(entry)
+    order = ("settings", "pictures", STAGES, WITHOUT_STAGES, SEEDS)
+    return {name: found[name] for name in order if name in found}
 
 
 def _kept_exercise(run: Run) -> dict[str, Any]:
     found = read_json(run.folder / EXERCISE)
     tables = {name: found["tables"][name] for name in HEADLINES.get(found[PAGE], found["tables"])}
     return {PAGE: found[PAGE], "values": found["values"], "metrics": run.metrics, "tables": tables}
+
+
+def _kept_sweep(stage: Stage) -> dict[str, Any]:
+    """The sweep, and the fields that its autoencoders share."""
+    told = ("dataset", "binarize", "max_steps", "epochs", "variance", "seed")
+    settings = {name: stage.config[name] for name in told if name in stage.config}
+    settings |= {"dataset": Path(settings["dataset"]).name} if "dataset" in settings else {}  # not where it lies
+    files = [name for name in (PICTURE,) if (stage.folder / name).is_file()]
+    return {SWEEP: stage.json(SWEEP_FILE), "fields": settings, "pictures": {"files": [SHARPNESS, *files]}}
 
 
 def read_kept(path: Path) -> dict[str, Any]:
@@ -181,18 +192,21 @@ def read_kept(path: Path) -> dict[str, Any]:
     return content
 
 
-def results_block(content: Mapping[str, Any], reference: str = "sft") -> str:
+def results_block(content: Mapping[str, Any], reference: str = "sft", folder: str = "") -> str:
     """The Markdown of what was kept: its tables, and what their numbers are.
 
     Args:
         content: as ``kept`` gives it.
         reference: the summarization system that the others' win rate and KL are measured against.
+        folder: where its pictures lie, as seen from the document.
 
     Raises:
         UserError: if nothing in it was measured.
     """
     if SEEDS in content:
-        return _images(content) if "settings" in content else _summaries_by_seed(content, reference)
+        return images_block(content, folder) if "settings" in content else _summaries_by_seed(content, reference)
+    if SWEEP in content:
+        return _sweep(content, folder)
     for key, block in ((COMPARISON, _comparison), (PAGE, _exercise)):
         if key in content:
             return block(content)
@@ -254,65 +268,12 @@ def _comparison(content: Mapping[str, Any]) -> str:
     return "\n".join([markdown_table(compared(content)), text])
 
 
-def over_seeds(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Means of what all runs measured, each with its standard error under ``KEY_se`` where there are several runs.
-
-    Args:
-        runs: the flat metrics of each.
-
-    Returns:
-        The standard error is s/√n, with s² the unbiased variance over the n runs.
-    """
-    count, found = len(runs), {}
-    for key in sorted(set.intersection(*(set(run) for run in runs))):
-        values = [run[key] for run in runs]
-        found[key] = mean = sum(values) / count
-        if count > 1:
-            found[key + ERROR] = (sum((value - mean) ** 2 for value in values) / (count - 1) / count) ** 0.5
-    return found
-
-
-def _images(content: Mapping[str, Any]) -> str:
-    families, runs = content["settings"]["families"], content[SEEDS]
-    metrics = over_seeds([run["metrics"] for run in runs])
-    systems = [*families, *([REAL] if f"{REAL}/precision" in metrics else [])]
-    drawn = systems_table(metrics, systems, _SAMPLES)
-    # Bit-flip diffusion has a reconstruction term too: that of its first stage alone, which is no VAE's.
-    others = {f"{name}/{measure}" for name, family in families.items() if family != "vae" for measure in _OF_VAES}
-    others |= {f"{name}/{measure}{ERROR}" for name in families for measure in _COUNTED}
-    rest = {key: value for key, value in metrics.items() if key not in others}
-    told = systems_table(rest, list(families), _BOUNDS_AND_TIME)
-    seeds = ", ".join(str(run["seed"]) for run in runs)
-    several = f"Means over {len(runs)} seeds ({seeds}), ± standard error over the seeds."
-    texts = [
-        several if len(runs) > 1 else f"One seed ({seeds}): how much another would change is not known.",
-        *explained(content["settings"], metrics.get("measure/test_examples", 0)),
-        "Training: without measuring and drawing; by the clock on the wall, and the processor's time of all threads.",
-    ]
-    tables = [table for table in (drawn, told, _curves(metrics, list(families))) if table]
-    return "\n".join([*map(markdown_table, tables), " ".join(texts) + "\n"])
-
-
-def _curves(metrics: Mapping[str, float], systems: Sequence[str]) -> Table | None:
-    """Bounds against the processor's minutes, at some of the places where they were measured; None without any."""
-    rows = []
-    for system in systems:
-        found = {bound: _steps(metrics, f"{system}/eval_{bound}@") for bound in BOUNDS}
-        bound = next((bound for bound, steps in found.items() if steps), None)
-        if bound is None:
-            continue
-        prefix, steps = f"{system}/eval_{bound}@", found[bound]
-        places = sorted({round(place * (len(steps) - 1) / (_PLACES - 1)) for place in range(_PLACES)})
-        minutes = (metrics[f"{system}/train_cpu_runtime@{steps[place]}"] / 60 for place in places)
-        values = (metrics[f"{prefix}{steps[place]}"] for place in places)
-        shown = "; ".join(f"{value:.1f} after {time:.1f}" for value, time in zip(values, minutes, strict=True))
-        rows.append([Cell(system_label(system)), Cell(shown)])
-    heads = ["System", "While training: bound in nats on held-out images, after minutes of a CPU"]
-    return Table(heads, rows, numeric=False) if rows else None
-
-
-def _steps(metrics: Mapping[str, float], prefix: str) -> list[int]:
-    return sorted(int(key.removeprefix(prefix)) for key in metrics if key.startswith(prefix) and key[-1].isdigit())
+def _sweep(content: Mapping[str, Any], folder: str) -> str:
+    texts = " ".join(explained(content["fields"], content[SWEEP]))
+    lines = [markdown_table(sweep_table(content[SWEEP])), f"{texts}\n", f"![{ALT}]({folder}/{SHARPNESS})\n"]
+    if PICTURE in content["pictures"]["files"]:
+        lines += [f"![Reconstructions of each autoencoder]({folder}/{PICTURE})\n", f"{DRAWN}\n"]
+    return "\n".join(lines)
 
 
 def _exercise(content: Mapping[str, Any]) -> str:

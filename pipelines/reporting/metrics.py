@@ -87,13 +87,14 @@ MEASURES: dict[str, Measure] = {
     "class_coverage": _percent("Classes covered"),
     "class_entropy": Measure("Class entropy", "nats", digits=2),
     "nearest_distance": Measure("Distance to a training image", digits=2),
-    "nearest_ratio": Measure("The same / held-out images", digits=2),
+    "nearest_ratio": Measure("Distance to the nearest training image (held-out images: 1)", digits=2),
     "copies": _percent("Copies"),
     "bound": Measure("Bound", "nats", digits=2),
     "negative_elbo": Measure("Negative ELBO", "nats", digits=2),
     "importance_weighted": Measure("Importance-weighted bound", "nats", digits=2),
     "reconstruction": Measure("Reconstruction", "nats", digits=2),
-    "bits_per_pixel": Measure("Bound", "bits a pixel", digits=3),
+    "bits_per_pixel": Measure("Bound", "bits a pixel", digits=4),
+    "vae/bits_per_pixel": Measure("Negative ELBO", "bits a pixel", digits=4),
     "parameters": Measure("Parameters", digits=0),
     "steps": Measure("Steps", digits=0),
     "train_runtime": Measure("Training", "minutes", digits=1, scale=1 / 60),
@@ -236,7 +237,12 @@ def merge_metrics(path: Path | str, new: Mapping[str, float]) -> dict[str, float
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 file under a temporary name beside it, then renames: no reader ever sees half of it.
+    """Writes a UTF-8 file with line ends of one kind; see ``write_bytes``."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file under a temporary name beside it, then renames: no reader ever sees half of it.
 
     Raises:
         OSError: if the folder cannot be written; the old file is then untouched and no temporary one is left.
@@ -244,8 +250,8 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import matplotlib
@@ -130,6 +130,16 @@ def svg(figure: Figure, name: str, alt: str, *, standalone: bool = False) -> str
     alt = alt.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     return f'<svg {spaces} {box} role="img" aria-label="{alt}">{rest}'
+
+
+def png(figure: Figure, dots_an_inch: int = 130) -> bytes:
+    """The figure as a PNG file on white, for pages that know neither of the two schemes of colours."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(
+            buffer, format="png", dpi=dots_an_inch, facecolor="white", bbox_inches="tight", metadata={"Software": None}
+        )
+    return buffer.getvalue()
 
 
 def prefixed(text: str, name: str) -> str:
@@ -274,27 +284,24 @@ def forest(
 
 
 def dots(
-    name: str,
-    panels: Sequence[tuple[str, dict[str, float], bool]],
-    systems: Sequence[tuple[str, str]],
-    muted: str,
-    alt: str,
-) -> str:
-    """One measure a panel, one system a row, the same rows in all panels, as SVG.
+    panels: Sequence[tuple[str, Mapping[str, Estimate], bool]], systems: Sequence[tuple[str, str]], muted: str
+) -> Figure:
+    """One measure a panel, one system a row, the same rows in all panels; intervals as bars.
 
     Args:
-        name: the figure's name.
         panels: (what is measured, system -> value, whether on a logarithmic scale).
         systems: (key, label), the first on top.
         muted: key of the system drawn in grey.
-        alt: what the figure shows, in words.
     """
     places = {key: place for place, (key, _) in enumerate(reversed(systems))}
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(len(panels), height=(0.55 + 0.24 * len(systems)) * len(panels))
         for axis, (label, values, logarithmic) in zip(axes, panels, strict=True):
-            for key, value in values.items():
-                axis.plot(value, places[key], "o", color=MUTED if key == muted else SERIES[0], markersize=5.5)
+            for key, found in values.items():
+                colour = MUTED if key == muted else SERIES[0]
+                if found.low is not None and found.high is not None:
+                    axis.plot([found.low, found.high], [places[key]] * 2, color=colour, linewidth=2)
+                axis.plot(found.value, places[key], "o", color=colour, markersize=5.5)
             if logarithmic:
                 axis.set_xscale("log")
             else:
@@ -304,7 +311,7 @@ def dots(
             axis.set_ylim(-0.6, len(systems) - 0.4)
             axis.margins(x=0.08)
             axis.set_xlabel(label)
-        return svg(figure, name, alt)
+        return figure
 
 
 def calibration(name: str, bins: Sequence[dict], alt: str, *, of: str = "verdict") -> str:

@@ -1,13 +1,15 @@
 """Rewrites the results in a document from a file, so that no figure in it is typed by hand.
 
     python -m pipelines.reporting.readme docs/results/demo.json README.md [--check | --run runs/demo]
+    python -m pipelines.reporting.readme docs/results/mnist.json docs/images.md --add --run runs/mnist1
 
 The results stand between the lines ``<!-- results:begin -->`` and ``<!-- results:end -->``; a document with several of
 them names each by its file: ``<!-- results:begin prompting -->`` and ``<!-- results:end prompting -->`` for
 ``prompting.json``. With ``--run`` the file is taken from a run first (of summarization systems, of a comparison of
-prompts, of image models or of an exercise), and ``*_run.json`` beside it notes how long each stage took, and where; of
-summaries also how they were generated. Several runs of image models or of summaries, one a seed, each have their own
-``--run``.
+prompts, of image models, of a sweep of autoencoders or of an exercise), and ``*_run.json`` beside it notes how long
+each stage took, and where; of summaries also how they were generated. Several runs of image models or of summaries, one
+a seed, each have their own ``--run``; ``--add`` puts them beside those that the file keeps already. The pictures of
+what is kept lie in a folder of the file's name beside it.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from typing import Any
 
 from pipelines.errors import UserError
 from pipelines.precision import processor
-from pipelines.reporting.kept import kept, opened, read_kept, results_block
-from pipelines.reporting.metrics import write_text
+from pipelines.reporting.kept import WITHOUT_STAGES, added, kept, opened, read_kept, results_block
+from pipelines.reporting.metrics import write_bytes, write_text
+from pipelines.reporting.pictures import picture_names, pictures_of
 from pipelines.reporting.run import Run
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -55,6 +58,29 @@ def facts_of(runs: Sequence[Run], stamp: Path) -> dict[str, Any]:
     if evaluations:
         facts["reference"] = first.reference
     return facts | ({"runs": len(runs)} if len(runs) > 1 else {})
+
+
+def joined_facts(old: Mapping[str, Any], new: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """The means of the seconds over the runs of both, which counts each run once, and the rest as it was.
+
+    Args:
+        old, new: as ``facts_of`` gives them.
+        file: where the old ones stand.
+
+    Raises:
+        UserError: if the two are of different machines, whose minutes have no mean, or of different generation.
+    """
+    for name in ("processor", "cores", "generation"):
+        if old.get(name) != new.get(name):
+            problem = f"has {name} {json.dumps(old.get(name))}, the runs to be added have {json.dumps(new.get(name))}"
+            mend = "give --leave-minutes" if name != "generation" else "give runs that differ in the seed alone"
+            raise UserError("file", file, problem, mend)
+    before, more = old.get("runs", 1), new.get("runs", 1)
+    seconds = {
+        name: round((taken * before + new["seconds"].get(name, taken) * more) / (before + more), 1)
+        for name, taken in old["seconds"].items()
+    }
+    return {**old, "seconds": seconds, "runs": before + more}
 
 
 def facts_lines(facts: Mapping[str, Any]) -> list[str]:
@@ -101,6 +127,28 @@ def updated(text: str, name: str, block: str, where: str = "README.md") -> str:
     return f"{before}{begin}\n\n{block}\n{end}{rest.split(end)[1]}"
 
 
+def _facts_file(results: Path) -> Path:
+    return results.with_name(f"{results.stem}_run.json")
+
+
+def _taken(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], dict[str, bytes]]:
+    """What is kept, the times, and the pictures that are to be written: from the runs, or from the files."""
+    file, where = _facts_file(options.results), str(options.results)
+    facts = read_kept(file) if file.is_file() and (options.add or not options.run) else {}
+    if not options.run:
+        content, folder = read_kept(options.results), options.results.with_suffix("")
+        for name in picture_names(content):
+            if not (folder / name).is_file():
+                raise UserError("picture", str(folder / name), "no such file", "give the run once more by --run")
+        return content, facts, {}
+    runs = [opened(folder) for folder in options.run]
+    content = added(read_kept(options.results), runs, where) if options.add else kept(runs)
+    if not options.leave_minutes:
+        taken = facts_of(runs, Path(".venv/.installed"))
+        facts = joined_facts(facts, taken, str(file)) if facts else taken
+    return content, facts, pictures_of(content, runs)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; 0 when the document is up to date, 1 when ``--check`` finds it stale, 2 for a mistake."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.reporting.readme", description=__doc__.splitlines()[0])
@@ -114,22 +162,25 @@ def main(arguments: list[str] | None = None) -> int:
         action="append",
         help="first take the results and times of this run; several times for runs that differ in the seed alone",
     )
+    parser.add_argument("--add", action="store_true", help="keep the runs beside those that the file keeps already")
+    parser.add_argument(
+        "--leave-minutes",
+        action="store_true",
+        help="with --add: leave the stages' minutes as they are (of runs on a machine that others shared)",
+    )
     options = parser.parse_args(arguments)
     if options.check and options.run:
         parser.error("--check writes nothing, --run writes the file: give one of them")
-    facts_file = options.results.with_name(f"{options.results.stem}_run.json")
-    written = {}
+    if options.add and not options.run:
+        parser.error("--add needs the runs that are to be added: give --run DIR")
+    if options.leave_minutes and not options.add:
+        parser.error("--leave-minutes is for runs that are added: give --add")
+    folder = options.results.with_suffix("")
     try:
-        if options.run:
-            runs = [opened(folder) for folder in options.run]
-            content, facts = kept(runs), facts_of(runs, Path(".venv/.installed"))
-            written = {options.results: content, facts_file: facts}
-        else:
-            content = read_kept(options.results)
-            facts = read_kept(facts_file) if facts_file.is_file() else {}
-        block = "\n".join(
-            [results_block(content, facts.get("reference") or "sft"), *(facts_lines(facts) if facts else [])]
-        )
+        content, facts, pictures = _taken(options)
+        shown = Path(os.path.relpath(folder, options.document.parent)).as_posix()
+        lines = facts_lines(facts) if facts else []
+        block = "\n".join([results_block(content, facts.get("reference") or "sft", shown), *lines])
         try:
             old = options.document.read_text(encoding="utf-8")
         except OSError as error:
@@ -140,8 +191,19 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    for path, value in written.items():
-        write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    if options.run:
+        for path, value in ((options.results, content), (_facts_file(options.results), facts)):
+            if value:
+                write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    for name, picture in pictures.items():
+        write_bytes(folder / name, picture)
+    if options.add and WITHOUT_STAGES in content:
+        seeds = ", ".join(map(str, content[WITHOUT_STAGES]))
+        print(
+            f"{options.results}: keeps no fields of the stages of seed {seeds}; settings, steps, parameters and the "
+            "classifier's measures are the same, the other fields could not be compared",
+            file=sys.stderr,
+        )
     if new == old:
         return 0
     if options.check:

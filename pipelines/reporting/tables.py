@@ -21,6 +21,7 @@ BASELINES = {
 MODELS = {"scratch": "Trained from scratch", "finetuned": "Fine-tuned", "sft": "SFT", "ppo": "PPO", "dpo": "DPO"} | {
     "ddpm": "DDPM",
     "bitflip": "Bit-flip diffusion",
+    "bitflip_long": "Bit-flip diffusion, trained on",
     "vae": "VAE",
     "vae_course": "VAE of the course",
     "gan": "GAN",

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
+
+from PIL import Image
 
 RECIPES = {
     "corpus": "summarization/corpus",
@@ -224,19 +227,38 @@ def point(trained: int, examples: int, value: float, kind: str, label: str) -> d
     return entry | {"seeds": seeds, "kind": kind, "label": label}
 
 
-def write_images(folder: Path, seed: int, steps: int = 2000) -> Path:
-    """Writes a finished run of two image models, trained and measured with a seed, and returns its folder."""
-    rng = random.Random(seed)
+def write_images(folder: Path, seed: int, steps: int = 2000, classifier_seed: int = 0) -> Path:
+    """Writes a finished run of two image models, trained and measured with a seed, and returns its folder.
+
+    Its data lies in a folder of its own, and the classifier in whose features they are measured has a seed of its own.
+    """
+    rng, judging = random.Random(seed), random.Random(1000 + classifier_seed)
+    nats_a_bit = 784 * math.log(2)
     metrics = {"vae/steps": steps, "bitflip/steps": steps, "bitflip/reconstruction": 0.39, "bitflip/bound": 78.5}
-    metrics |= {"measure/test_examples": 10000, "vae/bound": 82 + rng.random()}
+    metrics |= {"measure/test_examples": 10000, "measure/samples": 1000, "vae/bound": 82 + rng.random()}
     metrics |= mean("vae/negative_elbo", 86 + rng.random(), 0.5) | mean("vae/kl", 25 + rng.random(), 0.1)
     metrics |= mean("vae/reconstruction", 61 + rng.random(), 0.5)
+    metrics |= {
+        "vae/bits_per_pixel": metrics["vae/negative_elbo"] / nats_a_bit,
+        "bitflip/bits_per_pixel": 78.5 / nats_a_bit,
+    }
+    metrics |= {"vae/test_examples": 10000, "bitflip/test_examples": 10000, "vae/parameters": 1_182_096}
+    metrics |= {"classifier/accuracy": judging.random(), "classifier/loss": judging.random()}
     for system in ("vae", "bitflip", "training_images"):
         metrics |= {f"{system}/frechet_distance": 10 * rng.random()} | mean(f"{system}/precision", rng.random(), 0.01)
+        metrics |= {f"{system}/nearest_ratio": 1.0 + rng.random()} if system != "training_images" else {}
+    data = {"dataset": "digest of the images"}
+    made = {"classifier": f"classifier{classifier_seed}"} | {
+        name: f"{name}{seed}{steps}" for name in ("vae", "bitflip")
+    }
+    for name, fingerprint in made.items():
+        own = classifier_seed if name == "classifier" else seed
+        config = {"output_dir": str(folder / name), "seed": own, "dataset": str(folder / "images"), "eval_images": 1000}
+        config |= {"max_steps": steps} if name != "classifier" else {"epochs": 5.0, "model": None}
+        config |= {"importance_samples": 50} if name == "vae" else {}
+        record = {"recipe": f"images/{name}", "seed": own, "config": config, "fingerprint": fingerprint}
+        write_stage(folder, name, {}, **record, inputs=data, duration_seconds=60.0 * (seed + 1))
     for name in ("vae", "bitflip"):
-        config = {"output_dir": str(folder / name), "seed": seed, "max_steps": steps}
-        record = {"recipe": f"images/{name}", "seed": seed, "config": config, "fingerprint": f"{name}{seed}{steps}"}
-        write_stage(folder, name, {}, **record, duration_seconds=60.0 * (seed + 1))
         timing = [(1, 1.0, 1.5), (steps // 2, 50.0, 60.0), (steps, 90.0, 120.0)]
         keys = ("step", "train_runtime", "train_cpu_runtime")
         write(folder / name / "timing.json", [dict(zip(keys, entry, strict=True)) for entry in timing])
@@ -244,11 +266,37 @@ def write_images(folder: Path, seed: int, steps: int = 2000) -> Path:
         history = [{"step": step, bound: 2 * 80.0 - 20 * seed - seconds / 2} for step, _, seconds in timing[1:]]
         write(folder / name / "log_history.json", history)
     systems = {name: str(folder / name) for name in ("vae", "bitflip")}
-    record = {"recipe": "images/measure", "seed": seed, "config": {"seed": seed, "samples": 1000, "systems": systems}}
+    config = {"seed": seed, "samples": 1000, "systems": systems, "classifier": str(folder / "classifier")}
+    config |= {"dataset": str(folder / "images"), "output_dir": str(folder / "measure")}
+    inputs = data | {f"systems.{name}": made[name] for name in systems} | {"classifier": made["classifier"]}
+    record = {"recipe": "images/measure", "seed": seed, "config": config, "inputs": inputs}
     write_stage(folder, "measure", {}, **record, fingerprint=f"measure{seed}{steps}")
     settings = {"binarize": "bernoulli", "samples": 1000, "neighbours": 3, "families": {s: s for s in systems}}
     write(folder / "measure" / "settings.json", settings)
     write(folder / "measure" / "timing.json", {"seconds_a_sample": {"vae": 1.7e-5, "bitflip": 0.0036}})
-    write(folder / "run.json", {"name": "mnist", "stages": ["vae", "bitflip", "measure"]})
+    for name in systems:
+        noise = Image.frombytes("L", (581, 291), rng.randbytes(581 * 291))
+        noise.save(folder / "measure" / f"{name}.png")
+    write(folder / "run.json", {"name": "mnist", "stages": [*made, "measure"]})
     write(folder / "metrics.json", metrics)
+    return folder
+
+
+def write_sweep(folder: Path) -> Path:
+    """Writes the folder of a finished sweep of autoencoders that blur, run by itself, and returns it."""
+    rows = [
+        {"likelihood": likelihood, "beta": beta, "sharpness": sharpness, "kl": kl, "error": 0.1 - kl / 1000}
+        for likelihood, beta, sharpness, kl in (
+            ("bernoulli", 0.1, 0.9, 30.0),
+            ("bernoulli", 1.0, 0.5, 4.0),
+            ("gaussian", 0.1, 0.8, 64.0),
+            ("gaussian", 1.0, 0.6, 16.0),
+            ("gaussian", 10.0, 0.2, 1.0),
+        )
+    ]
+    config = {"output_dir": str(folder), "seed": 3, "max_steps": 1000, "dataset": "digits", "variance": 0.05}
+    record = {"recipe": "images/vae_blur", "seed": 3, "config": config, "duration_seconds": 120.0}
+    write_stage(folder.parent, folder.name, {"vae_blur/rank_correlation": 0.9}, **record)
+    write(folder / "sweep.json", rows)
+    Image.new("L", (60, 40), 128).save(folder / "reconstructions.png")
     return folder

@@ -5,36 +5,18 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import statistics
 from pathlib import Path
 
 import pytest
 import synthetic
+from kept_blocks import block, cells, document
 
 from pipelines.problems.exercise import Answer, ExerciseConfig
 from pipelines.reporting import readme
-from pipelines.reporting.kept import over_seeds
-from pipelines.reporting.metrics import is_interval_key
+from pipelines.reporting.pictures import LARGEST
 
 UNNAMED = {"README.md": "demo", "docs/pretraining.md": "scratch_vs_finetuned"}
 """The documents with one block that goes without a name, and the file that it is made of."""
-
-
-def document(folder: Path, *names: str) -> Path:
-    path = folder / "page.md"
-    blocks = [f"<!-- results:begin {name} -->\nold\n<!-- results:end {name} -->" for name in names]
-    path.write_text("\n\n".join(["# Page", *blocks, "end\n"]) if names else f"{readme.BEGIN}\n{readme.END}\n")
-    return path
-
-
-def block(path: Path, name: str) -> str:
-    return path.read_text().split(f"<!-- results:begin {name} -->")[1].split(f"<!-- results:end {name} -->")[0]
-
-
-def cells(text: str, first: str) -> list[str]:
-    """The cells of the table row that begins with a text."""
-    (row,) = [line for line in text.splitlines() if line.startswith(f"| {first} |")]
-    return [cell.strip() for cell in row.strip("|").split("|")]
 
 
 def test_every_documents_results_are_those_of_its_file(root: Path) -> None:
@@ -45,8 +27,20 @@ def test_every_documents_results_are_those_of_its_file(root: Path) -> None:
             name = name or UNNAMED[relative]
             found.append(name)
             assert readme.main([str(root / "docs" / "results" / f"{name}.json"), str(path), "--check"]) == 0, relative
+    drawn = {path.parent.name for path in (root / "docs" / "results").rglob("*.png")}
+    assert drawn <= set(found)
     kept = [path.name.removesuffix("_run.json") for path in (root / "docs" / "results").glob("*_run.json")]
     assert sorted(found) == sorted(kept)  # each stands somewhere, and once
+
+
+def test_every_kept_picture_is_small_and_stands_in_a_document(root: Path) -> None:
+    shown = []
+    for path in sorted((root / "docs").glob("*.md")):
+        for alt, target in re.findall(r"!\[([^\]]*)\]\((results/[^)]+)\)", path.read_text(encoding="utf-8")):
+            assert len(alt) > 10, target
+            assert (path.parent / target).stat().st_size <= LARGEST, target
+            shown.append((path.parent / target).resolve())
+    assert sorted(shown) == sorted(path.resolve() for path in (root / "docs" / "results").rglob("*.png"))
 
 
 def test_one_document_holds_the_results_of_several_runs(tmp_path: Path) -> None:
@@ -87,49 +81,6 @@ def test_a_comparison_of_prompts(tmp_path: Path) -> None:
     assert "installation" not in text
 
 
-def test_means_and_standard_errors_over_seeds() -> None:
-    runs = [{"a/x": 1.0, "b/x": 5.0}, {"a/x": 2.0, "b/x": 5.0}, {"a/x": 6.0, "b/x": 5.0, "c/x": 1.0}]
-    found = over_seeds(runs)
-    assert found == pytest.approx(
-        {"a/x": 3.0, "a/x_se": statistics.stdev([1, 2, 6]) / 3**0.5, "b/x": 5.0, "b/x_se": 0.0}
-    )
-    assert over_seeds(runs[:1]) == runs[0]
-
-
-def test_runs_of_image_models_one_a_seed(tmp_path: Path) -> None:
-    runs = [synthetic.write_images(tmp_path / f"s{seed}", seed) for seed in range(3)]
-    file, page = tmp_path / "mnist.json", document(tmp_path, "mnist")
-    assert readme.main([str(file), str(page), *(word for run in runs for word in ("--run", str(run)))]) == 0
-    kept = json.loads(file.read_text())["runs"]
-    assert [entry["seed"] for entry in kept] == [0, 1, 2]
-    for run, entry in zip(runs, kept, strict=True):
-        measured = json.loads((run / "metrics.json").read_text())
-        assert {k: entry["metrics"][k] for k in measured if not is_interval_key(k)} == {
-            k: v for k, v in measured.items() if not is_interval_key(k)
-        }
-    text = block(page, "mnist")
-    samples, bounds = text.split("| System | While training")[0].split("| System | Bound")
-    for key, places, shown in (
-        ("vae/frechet_distance", 2, cells(samples, "VAE")[1]),
-        ("vae/negative_elbo", 2, cells(bounds, "VAE")[2]),
-        ("vae/kl", 2, cells(bounds, "VAE")[3]),
-    ):
-        values = [entry["metrics"][key] for entry in kept]
-        error = statistics.stdev(values) / 3**0.5
-        assert shown == f"{statistics.mean(values):.{places}f} (± {error:.{places}f})"
-    assert cells(bounds, "VAE")[5:] == ["2,000", "1.5 (± 0.0)", "2.0 (± 0.0)", "0.02 (± 0.00)"]
-    on_the_way = text.split("| System | While training")[1]
-    assert cells(on_the_way, "VAE")[1] == "110.0 after 1.0; 80.0 after 2.0"  # means over the seeds
-    assert cells(on_the_way, "Bit-flip diffusion")[1] == "110.0 after 1.0; 80.0 after 2.0"
-    # the reconstruction of bit-flip diffusion is another thing than a VAE's
-    assert cells(bounds, "Bit-flip diffusion")[1:5] == ["78.50 (± 0.00)", "–", "–", "–"]
-    assert "Training images" in samples
-    assert "Means over 3 seeds (0, 1, 2), ± standard error over the seeds." in text
-    assert "What a run took, in minutes (mean of 3)" in text
-    assert "vae 2.0, bitflip 2.0" in text
-    assert readme.main([str(file), str(page), "--check"]) == 0
-
-
 def demo(folder: Path, seed: int) -> Path:
     """A run of the whole chain with a seed of its own, its models read from its own folder."""
     run = synthetic.write_run(folder, examples=4, hostile=False)
@@ -162,14 +113,6 @@ def test_summaries_of_several_seeds(tmp_path: Path) -> None:
     other["config"]["model"] = str(tmp_path / "elsewhere")
     (runs[1] / "reward" / "stage.json").write_text(json.dumps(other))
     assert readme.main([str(file), str(page), *words]) == 2
-
-
-def test_one_seed_is_told_and_has_no_error(tmp_path: Path) -> None:
-    run, page = synthetic.write_images(tmp_path / "run", 4), document(tmp_path, "mnist")
-    assert readme.main([str(tmp_path / "mnist.json"), str(page), "--run", str(run)]) == 0
-    text = block(page, "mnist")
-    assert "±" not in text
-    assert "One seed (4)" in text
 
 
 def exercise(folder: Path, seeds: int, found: float = 1.0) -> Path:
@@ -222,8 +165,12 @@ def unmeasured(folder: Path) -> list[Path]:
 @pytest.mark.parametrize(
     ("made", "said"),
     [
-        (lambda at: [synthetic.write_images(at / name, 0) for name in "ab"], "b: is the same as another one"),
+        (lambda at: [synthetic.write_images(at / name, 0) for name in "ab"], "b: is another run of the seed 0, which"),
         (lambda at: [synthetic.write_images(at / f"s{n}", n, 100 * n + 100) for n in (0, 1)], "vae.max_steps is 200"),
+        (
+            lambda at: [synthetic.write_images(at / f"s{n}", n, classifier_seed=n) for n in (0, 1)],
+            "classifier.seed is 1 in it, not 0; give classifier.seed=0",
+        ),
         (unmeasured, "s1: has measured no image models"),
         (lambda at: [synthetic.write_comparison(at / name) for name in "ab"], "a: has measured no summaries"),
         (lambda at: [synthetic.write_images(at / "a", 0), demo(at / "b", 1)], "b: has measured no image models"),

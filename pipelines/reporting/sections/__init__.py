@@ -20,6 +20,7 @@ from pipelines.reporting.sections.prompting_compare import prompting_compare
 from pipelines.reporting.sections.prompting_explore import prompting_explore
 from pipelines.reporting.sections.results import results
 from pipelines.reporting.sections.reward import reward_model
+from pipelines.reporting.sections.vae_blur import vae_blur
 
 SECTIONS: tuple[SectionWriter, ...] = (
     problems,
@@ -35,6 +36,7 @@ SECTIONS: tuple[SectionWriter, ...] = (
     prompting_explore,
     images,
     images_training,
+    vae_blur,
     learning_curves,
     data,
 )

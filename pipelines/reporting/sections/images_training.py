@@ -9,10 +9,10 @@ from markupsafe import Markup
 
 from pipelines.reporting import plots
 from pipelines.reporting.metrics import format_mean, is_interval_key, measure_of
-from pipelines.reporting.page import Section, figure, figures, heading, join, picture
+from pipelines.reporting.page import Section, figure, figures, folded, heading, join, picture
 from pipelines.reporting.plots import Panel, Series
 from pipelines.reporting.run import Run, Stage, anchor, is_number
-from pipelines.reporting.tables import Table, html_table, system_label
+from pipelines.reporting.tables import Table, html_table, show, system_label
 
 KINDS = ("ddpm", "bitflip", "vae", "gan", "classifier")
 
@@ -26,6 +26,7 @@ _PICTURES = {
     ),
     "samples": ("200 samples", "Not chosen: the first 200 that were drawn when training had ended."),
 }
+_SHOWN_STEPS = 6
 BOUNDS = ("negative_elbo", "bound", "importance_weighted")
 
 
@@ -40,9 +41,11 @@ def images_training(run: Run) -> Section | None:
         parts.append(heading(system_label(stage.name)))
         if stage.metrics:
             keys = [k for k in sorted(stage.metrics) if not is_interval_key(k)]
-            rows = [[_name(k), format_mean(stage.metrics, k)] for k in keys]
+            rows = [[_name(stage, k), format_mean(stage.metrics, k)] for k in keys]
             parts.append(html_table(Table(["On held-out images, and counts", "Value"], rows), stage.name))
         parts.append(figures(drawn))
+        if shapes := list(_on_the_way(stage)):
+            parts.append(folded("Samples while it trained", figures(shapes), f"{len(shapes)} of the times"))
         shown.add(stage.name)
     if not parts:
         return None
@@ -50,8 +53,9 @@ def images_training(run: Run) -> Section | None:
     return Section("image-training", "Image models in training", join(parts), lead, frozenset(shown))
 
 
-def _name(key: str) -> str:
-    measure = measure_of(key)
+def _name(stage: Stage, key: str) -> str:
+    # by what the stage makes, whatever it is called: of a VAE some measures are another thing
+    measure = measure_of(f"{stage.kind}/{key.rpartition('/')[2]}")
     return f"{measure.label}, {measure.unit}" if measure.unit not in ("", "%") else measure.label
 
 
@@ -76,19 +80,31 @@ def _words(key: str) -> str:
 
 
 def _bound(stage: Stage, key: str, logged: Iterable[str]) -> Iterable[Markup]:
-    """The bound in nats against the minutes of training, where the stage measured one on the way."""
-    series = []
+    """The bound in nats against the minutes of training, where the stage measured one on the way.
+
+    The minutes are the processor's, which do not depend on what else the machine does, with one curve by the clock
+    beside them (on a GPU that is the one to look at); of runs that kept the clock's alone, the clock's.
+    """
     timing = stage.json("timing.json") or []
-    minutes = {entry["step"]: entry["train_runtime"] / 60 for entry in timing if "train_runtime" in entry}
+    clock, processor = (
+        {entry["step"]: entry[name] / 60 for entry in timing if name in entry}
+        for name in ("train_runtime", "train_cpu_runtime")
+    )
+    curves = [("", "training", processor or clock, 0), ("eval_", "held out", processor or clock, 1)]
+    curves += [("eval_", "held out, by the clock", clock, 2)] if processor else []
     for name in BOUNDS:
-        for prefix, label, colour in (("", "training", 0), ("eval_", "held out", 1)):
+        series = []
+        for prefix, label, minutes, colour in curves:
             x, y = stage.curve(prefix + name)
             if y and all(step in minutes for step in x):
                 series.append(Series(label, [minutes[s] for s in x], y, smooth=not prefix, colour=colour))
         if series:
             panel = Panel(series, f"{measure_of(name).label.lower()} (nats)")
-            svg = plots.lines(f"{key}-bound", [panel], "minutes of training", f"{name} of {stage.name} against time")
-            yield figure(svg, "Measuring and drawing are left out of the time.", "The bound against time")
+            xlabel = "CPU minutes of training, where not said otherwise" if processor else "minutes of training"
+            svg = plots.lines(f"{key}-bound", [panel], xlabel, f"{name} of {stage.name} against time")
+            caption = "Measuring and drawing are left out of the time."
+            caption += " CPU minutes are those of all threads." if processor else ""
+            yield figure(svg, caption, "The bound against time")
             return
 
 
@@ -119,3 +135,13 @@ def _pictures(stage: Stage, samples: bool) -> Iterable[Markup]:
             continue
         title, caption = _PICTURES.get(path.stem, (path.stem.replace("_", " ").capitalize(), "From held-out images."))
         yield figure(picture(path, f"{title} of {stage.name}"), caption, title)
+
+
+def _on_the_way(stage: Stage) -> Iterable[Markup]:
+    """Samples as they took shape, at some of the steps where they were drawn; the noise is the same each time."""
+    found = sorted((int(path.stem.rpartition("-")[2]), path) for path in stage.folder.glob("samples/step-*.png"))
+    last = max(0, len(found) - 1)
+    places = {round(place * last / (_SHOWN_STEPS - 1)) for place in range(_SHOWN_STEPS)} if found else set()
+    for step, path in (found[place] for place in sorted(places)):
+        title = f"After {show(step)} steps"
+        yield figure(picture(path, f"Samples of {stage.name} after {step} steps"), "From the same noise.", title)
