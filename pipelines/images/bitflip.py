@@ -83,6 +83,16 @@ class BitFlipConfig(UNetFields, DiffusionTraining):
         if self.delta_schedule == "linear" and len(missing) == 1:
             mend = "give both delta_start and delta_end, or neither"
             found.append(Problem(missing[0], None, "the linear schedule has two ends", mend))
+        if not found and self.delta_start is not None:
+            from pipelines.images.bitflip_math import flip_probabilities, keep_probabilities
+
+            try:
+                keep_probabilities(
+                    flip_probabilities(self.delta_schedule, self.timesteps, self.delta_start, self.delta_end)
+                )
+            except ValueError as error:
+                mend = "give fewer timesteps, or smaller flip probabilities"
+                found.append(Problem("timesteps", self.timesteps, str(error), mend))
         return found
 
 

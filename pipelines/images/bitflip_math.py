@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 DeltaSchedule = Literal["cosine", "linear", "constant"]
 Prediction = Literal["original", "previous"]
 
-LARGEST_DELTA = 0.4995
-"""Flip probabilities that a schedule gives are cut here: at ½ a stage would leave nothing of the image behind."""
+LAST_COSINE_DELTA = 0.4995
+"""δ_T of the cosine schedule, in place of the ½ that cos(π/2) asks for: that would leave nothing of the image behind,
+and nothing to learn at the last stage."""
 
 FINAL_KEEP = 0.01
 """Keep probability after the last stage of the constant and the linear schedule, where no δ is given."""
@@ -49,7 +50,8 @@ def flip_probabilities(
         ``[T]``, float64, each in (0, ½).
 
     Raises:
-        ValueError: T below 1, a δ outside (0, ½), or one that the schedule does not take.
+        ValueError: T below 1, a δ outside (0, ½), or one that the schedule does not take. A δ that is taken is taken as
+            it is given.
     """
     if stages < 1:
         raise ValueError(f"a chain needs at least one stage, not {stages}")
@@ -62,6 +64,7 @@ def flip_probabilities(
             raise ValueError("the cosine schedule takes no flip probabilities")
         keep = torch.cos(math.pi / 2 * torch.arange(stages + 1, dtype=torch.float64) / stages)
         deltas = (1 - keep[1:] / keep[:-1]) / 2
+        deltas[-1] = LAST_COSINE_DELTA
     elif schedule == "constant":
         if end is not None:
             raise ValueError("the constant schedule takes one flip probability")
@@ -72,7 +75,7 @@ def flip_probabilities(
         deltas = _ramp(steps) if start is None else torch.linspace(start, end, stages, dtype=torch.float64)
     else:
         raise ValueError(f"no schedule is called {schedule!r}")
-    return deltas.clamp(max=LARGEST_DELTA)
+    return deltas
 
 
 def _ramp(steps: Tensor) -> Tensor:
@@ -85,8 +88,16 @@ def _ramp(steps: Tensor) -> Tensor:
 
 
 def keep_probabilities(deltas: Tensor) -> Tensor:
-    """ρ_0 = 1, ρ_1, …, ρ_T from δ_1 … δ_T: ``[T]`` -> ``[T + 1]``."""
-    return torch.cat([deltas.new_ones(1), torch.cumprod(1 - 2 * deltas, 0)])
+    """ρ_0 = 1, ρ_1, …, ρ_T from δ_1 … δ_T, float64: ``[T]`` -> ``[T + 1]``.
+
+    Raises:
+        ValueError: ρ_T is too small for a number: what is computed from ratios of ρ would not be one either.
+    """
+    keeps = torch.cat([deltas.new_ones(1), torch.cumprod(1 - 2 * deltas, 0)])
+    if keeps[-1] < torch.finfo(keeps.dtype).tiny:
+        stage = int((keeps < torch.finfo(keeps.dtype).tiny).nonzero()[0])
+        raise ValueError(f"with these flip probabilities nothing is left of the image from stage {stage} on")
+    return keeps
 
 
 def corrupt(images: Tensor, keep: Tensor, uniform: Tensor) -> Tensor:

@@ -151,6 +151,10 @@ def test_two_processes_do_what_one_does(stages, tmp_path):
         ({"delta_schedule": "linear", "delta_start": 0.1}, "delta_end=None: the linear schedule has two ends; give"),
         ({"delta_start": 0.1}, "delta_start=0.1: the cosine schedule does not take it; leave it out"),
         ({"delta_schedule": "constant", "delta_end": 0.1}, "delta_end=0.1: the constant schedule does not take it"),
+        (
+            {"timesteps": 100, "delta_schedule": "constant", "delta_start": 0.4999},
+            "timesteps=100: with these flip probabilities nothing is left of the image from stage 84 on",
+        ),
         ({"delta_schedule": "sine"}, "delta_schedule=sine: input should be 'cosine', 'linear' or 'constant'"),
         ({"inference_steps": 51}, "inference_steps=51: there are not so many stages; give at most timesteps=50"),
         (

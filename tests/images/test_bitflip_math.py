@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipelines.images.bitflip_math import (
-    LARGEST_DELTA,
+    LAST_COSINE_DELTA,
     StagePosterior,
     corrupt,
     flip_probabilities,
@@ -63,19 +63,25 @@ def test_marginal_and_posterior_against_enumeration(pixels):
             torch.testing.assert_close(each.transpose(1, 2), posterior)
 
 
-@pytest.mark.parametrize("at_once", [2, 4])
-def test_posterior_against_simulation(at_once):
-    deltas = torch.tensor([0.1, 0.15, 0.05, 0.2], dtype=torch.float64)
+@pytest.mark.parametrize("original", [1.0, -1.0])
+def test_posterior_against_simulated_single_stages(original):
+    deltas = torch.tensor([0.1, 0.15, 0.05, 0.2, 0.3], dtype=torch.float64)
     keeps, count = keep_probabilities(deltas), 200_000
     generator = torch.Generator().manual_seed(1)
-    stages = [torch.ones(count)]
+    stages = [torch.full((count,), original)]
     for delta in deltas.tolist():
         stages.append(torch.where(torch.rand(count, generator=generator) < delta, -stages[-1], stages[-1]))
-    s, t = at_once - 2, at_once
-    for sign in (1.0, -1.0):
-        chosen = stages[s][stages[t] == sign]
-        closed = posterior_probability(torch.tensor(sign), torch.tensor(1.0), keeps[s], keeps[t])
-        assert abs(float((chosen > 0).double().mean() - closed)) < 4 * 0.5 / math.sqrt(len(chosen))
+    for s, t in [(t - 1, t) for t in range(2, 6)] + [(1, 3), (2, 5)]:  # at s = 0 there is nothing to simulate
+        posterior = StagePosterior.between(keeps[s], keeps[t])
+        for noisy in (1.0, -1.0):
+            chosen = stages[s][stages[t] == noisy]
+            share = float((chosen > 0).double().mean())
+            closed = float(posterior_probability(torch.tensor(noisy), torch.tensor(original), keeps[s], keeps[t]))
+            error = math.sqrt(closed * (1 - closed) / len(chosen))
+            assert abs(share - closed) < 4.5 * error, (s, t, noisy)
+            assert error < 0.005
+            stay = posterior.stay_agreed if noisy == original else posterior.stay_differed
+            assert abs((share if noisy > 0 else 1 - share) - float(stay)) < 4.5 * error, (s, t, noisy)
 
 
 @pytest.mark.parametrize(("name", "arguments"), SCHEDULES)
@@ -93,7 +99,7 @@ def test_schedules_are_what_they_say():
     keeps = keep_probabilities(flip_probabilities("cosine", 50))
     closed = torch.cos(math.pi * torch.arange(50, dtype=torch.float64) / 100)
     torch.testing.assert_close(keeps[:-1], closed)
-    assert keeps[-1] == pytest.approx(closed[-1] * (1 - 2 * LARGEST_DELTA))  # the last stage leaves almost nothing
+    assert keeps[-1] == pytest.approx(closed[-1] * (1 - 2 * LAST_COSINE_DELTA))  # the last stage leaves almost nothing
     assert flip_probabilities("constant", 5, 0.1).tolist() == [0.1] * 5
     assert flip_probabilities("linear", 3, 0.1, 0.3).tolist() == pytest.approx([0.1, 0.2, 0.3])
     for name in ("constant", "linear"):
@@ -101,6 +107,34 @@ def test_schedules_are_what_they_say():
             assert keep_probabilities(flip_probabilities(name, stages))[-1] == pytest.approx(0.01)
     ramp = flip_probabilities("linear", 10)
     torch.testing.assert_close(ramp, ramp[0] * torch.arange(1, 11))
+
+
+def test_what_is_given_is_taken_as_it_is():
+    for delta in (0.4994, 0.4996, 0.49999, math.nextafter(0.5, 0)):
+        assert flip_probabilities("constant", 3, delta).tolist() == [delta] * 3
+        assert flip_probabilities("linear", 3, 0.1, delta)[-1] == delta
+        keeps = keep_probabilities(flip_probabilities("constant", 1, delta))
+        assert keeps[-1] == 1 - 2 * delta > 0
+
+
+def test_so_much_noise_that_no_number_is_left_is_refused():
+    keep_probabilities(flip_probabilities("constant", 300, 0.45))
+    for arguments in (("constant", 400, 0.45), ("linear", 1000, 0.001, 0.49999)):
+        with pytest.raises(ValueError, match=r"flip probabilities nothing is left of the image from stage \d+ on"):
+            keep_probabilities(flip_probabilities(*arguments))
+
+
+@pytest.mark.parametrize("delta", [0.4996, 0.49999])
+@pytest.mark.parametrize("prediction", ["original", "previous"])
+def test_divergence_is_a_number_however_close_to_a_coin_a_stage_is(delta, prediction):
+    keeps = keep_probabilities(flip_probabilities("constant", 4, delta))
+    for t in (1, 2, 4):
+        logits, noisy, original, stage = random_case(keeps, t, t - 1)
+        found = stage_kl(logits, noisy, original, stage, prediction)
+        assert found.isfinite().all()
+        assert (found >= -1e-12).all()
+        if prediction == "original" and t > 2:  # coins before and after: whatever is predicted, there is nothing to say
+            assert found.max() < 1e-6
 
 
 @pytest.mark.parametrize(
