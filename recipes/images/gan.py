@@ -1,7 +1,7 @@
 """Train a GAN on images: a generator against a discriminator.
 
     accelerate launch --config_file accelerate_configs/cpu_ddp.yaml recipes/images/gan.py \\
-        --config recipes/images/images.yaml max_steps=2000
+        --config recipes/images/gan.yaml dataset=FOLDER_WITH_MNIST
 """
 
 from pipelines.images.gan import gan
