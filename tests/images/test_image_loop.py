@@ -80,6 +80,50 @@ def test_an_epoch_shows_each_image_once_in_a_new_order(tmp_path):
     assert other.seen != method.seen
 
 
+class Watcher(Recorder):
+    """Notes which pixels of each image are white, epoch by epoch; is stopped before a step where it is told to be."""
+
+    def __init__(self, stopped_at=None):
+        super().__init__()
+        self.white, self.stopped_at = {}, stopped_at
+
+    def loss(self, phase, batch, draws, step):
+        if step == self.stopped_at:
+            raise KeyboardInterrupt
+        assert set(batch.images.unique().tolist()) == {0.0, 1.0}
+        for label, image in zip(batch.labels.tolist(), batch.images, strict=True):
+            self.white.setdefault(label, {})[step // 5] = image.flatten().tolist()
+        return super().loss(phase, batch, draws, step)
+
+
+def test_grey_pixels_are_drawn_afresh_each_epoch_and_alike_after_a_restart(tmp_path):
+    grey = Images(torch.full((20, 1, 8, 8), 128, dtype=torch.uint8), torch.arange(20))
+
+    def shown(watcher, name, batch_size=4, **values):
+        config = config_of(
+            tmp_path, binarize="bernoulli", batch_size=batch_size, output_dir=str(tmp_path / name), **values
+        )
+        Loop(watcher, grey, grey, config, new_accelerator(config), 15).run()
+        return watcher.white
+
+    whole = shown(Watcher(), "whole")
+    assert all(sorted(epochs) == [0, 1, 2] for epochs in whole.values())
+    drawn = [tuple(pixels) for epochs in whole.values() for pixels in epochs.values()]
+    assert len(set(drawn)) == 60  # no image twice the same, nor two images alike
+    assert abs(np.mean(drawn) - 128 / 255) < 4.5 * 0.5 / np.sqrt(60 * 64)
+    stopped = Watcher(stopped_at=7)  # in the middle of the second epoch
+    with pytest.raises(KeyboardInterrupt):
+        shown(stopped, "stopped", save_steps=3)
+    again = Watcher()
+    shown(again, "stopped", save_steps=3)
+    assert [seen[0] for seen in again.seen] == list(range(6, 15))  # from the checkpoint on, not from the start
+    for label, epochs in whole.items():
+        assert all(pixels == epochs[epoch] for epoch, pixels in again.white[label].items())
+        assert all(pixels == epochs[epoch] for epoch, pixels in stopped.white[label].items())
+    parts = shown(Watcher(), "parts", batch_size=2, gradient_accumulation=2)
+    assert parts == whole
+
+
 def test_parts_of_a_batch_are_the_batch(tmp_path):
     whole, parts = Recorder(), Recorder()
     histories = [
