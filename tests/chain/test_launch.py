@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
+from transformers import T5Config, T5ForConditionalGeneration
 
-from tests.chain.conftest import METHOD_STAGES, digests
+from tests.chain.conftest import METHOD_STAGES, Whole, digests
 
 STAGES = ["corpus", "tokenizer", "sft", "preferences", "reward", "ppo", "dpo", "evaluate", *METHOD_STAGES]
 # Five steps of each, without dropout (the generators of two processes are not those of one), the rate constant.
@@ -18,7 +21,7 @@ _STEPS = ["max_steps=5", "save_steps=5", "logging_steps=1", "lr_scheduler=consta
 _ROLLOUTS = ["rollouts=3", "save_steps=2", "logging_steps=1"]
 TRAINED = {
     "sft": [*_STEPS, "copy_steps=2", "max_steps=3", "dropout=0.0"],
-    "reward": [*_STEPS, "dropout=false", "eval_batch_size=3"],
+    "reward": [*_STEPS, "dropout=false", "eval_batch_size=3", "learning_rate=1e-3"],
     "dpo": [*_STEPS, "eval_batch_size=3"],
     "listwise": [*_STEPS, "eval_batch_size=3"],
     # the coefficient moves from one rollout to the next
@@ -73,6 +76,18 @@ def test_a_recipe_by_itself_gives_what_the_chain_gave(root, launch, whole, tmp_p
     assert digests(run_dir) == digests(whole.folder)
 
 
+def beginning(stage: str, whole: Whole, trained: Path) -> dict[str, np.ndarray]:
+    """The weights that a stage's training began with, under the names of those it saved in its folder."""
+    if stage == "sft":  # from scratch: seed 0
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            fresh = T5ForConditionalGeneration(T5Config.from_pretrained(trained))
+        return {name: value.numpy() for name, value in fresh.state_dict().items()}
+    first = whole.home / "runs" / "tiny" / "sft" if stage in METHOD_STAGES else whole.folder / "sft"
+    weights = load_file(first / "model.safetensors")
+    return {f"backbone.{name}": value for name, value in weights.items()} if stage == "reward" else weights
+
+
 @pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["forked", "accelerate"])
 @pytest.mark.parametrize("stage", TRAINED)
 def test_two_processes_do_what_one_does(root, genalign, launch, whole, tmp_path, stage, real):
@@ -93,14 +108,14 @@ def test_two_processes_do_what_one_does(root, genalign, launch, whole, tmp_path,
     assert code == 0, errors[-3000:]
     assert sorted(path.name for path in ranks.iterdir()) == ["0-of-2", "1-of-2"]
     assert printed.count(f"finished: {folders['two']}") == 1
-    first = whole.home / "runs" / "tiny" / "sft" if stage in METHOD_STAGES else whole.folder / "sft"
-    before = load_file(first / "model.safetensors")
+    before = beginning(stage, whole, folders["one"])
     one, two = (load_file(folder / "model.safetensors") for folder in folders.values())
     assert one.keys() == two.keys()
     worst = max(float(abs(one[name] - two[name]).max()) for name in one)
     assert worst <= 1e-5, f"weights differ by {worst}"
-    if stage not in ("sft", "reward"):
-        assert max(float(abs(one[name] - before[name]).max()) for name in one) > 1e-3  # it has learned something
+    assert one.keys() - before.keys() == ({"score_head.weight"} if stage == "reward" else set())
+    moved = max(float(abs(one[name] - before[name]).max()) for name in before if name in one)
+    assert 1e-3 < moved < 1  # it has learned something, from there: two random beginnings are further apart
     histories = [json.loads((folder / "log_history.json").read_text()) for folder in folders.values()]
     assert len(histories[0]) == len(histories[1]) > 2
     for first, second in zip(*histories, strict=True):
