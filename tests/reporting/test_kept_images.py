@@ -174,6 +174,19 @@ def test_what_cannot_be_added_is_one_line(made, said: str, tmp_path: Path, capsy
     assert (file.read_bytes(), page.read_bytes()) == before
 
 
+def test_a_classifier_from_elsewhere_counts_by_its_content(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    runs = [synthetic.write_images(tmp_path / f"s{seed}", seed, classifier_seed=seed) for seed in range(3)]
+    for run, content in zip(runs, ("one", "one", "another"), strict=True):
+        shutil.rmtree(run / "classifier")
+        edit(run / "run.json", lambda about: about["stages"].remove("classifier"))
+        edit(run / "measure" / "stage.json", lambda record, c=content: record["inputs"].update(classifier=c))
+        edit(run / "measure" / "stage.json", lambda record, r=run: record["config"].update(classifier=f"../{r.name}"))
+        edit(run / "metrics.json", lambda metrics: [metrics.pop(f"classifier/{name}") for name in ("accuracy", "loss")])
+    assert taken(tmp_path, *runs[:2])[0] == 0
+    assert taken(tmp_path, runs[2], flags=("--add",))[0] == 2
+    assert 'measure.classifier is "another" in it, not "one"' in capsys.readouterr().err
+
+
 def old_form(file: Path) -> None:
     """A file as it was written before the stages' fields and pictures were kept."""
     edit(file, lambda content: [content.pop(name) for name in ("stages", "pictures")])
