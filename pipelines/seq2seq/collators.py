@@ -82,6 +82,7 @@ class TextSources:
     column: str = "prompt_ids"
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """``input_ids`` and ``attention_mask`` (B, S) int64 of B examples, the mask 1 on real tokens."""
         ids, mask = pad_rows([example[self.column] for example in examples], self.pad_id)
         return {"input_ids": ids, "attention_mask": mask}
 
@@ -97,6 +98,7 @@ class FeatureSources:
     name: str
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """The arrays of B examples, (B, …) fp32 under their name."""
         arrays = [torch.as_tensor(np.asarray(example[self.name]), dtype=torch.float32) for example in examples]
         return {self.name: torch.stack(arrays)}
 

@@ -181,7 +181,15 @@ class EncoderDecoderDPOTrainer(HeldOutMeans, GroupedByLength, InParts, DPOTraine
         return result
 
     def held_out(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor | float]:
-        """Loss of a batch, and what TRL logs beside it."""
+        """Loss of a batch, and what TRL logs beside it, for the means over all held-out pairs.
+
+        Args:
+            model: the policy, perhaps wrapped.
+            inputs: a batch as the collator makes it.
+
+        Returns:
+            Scalars: ``loss``, and under TRL's names ``rewards/…`` (β log π/π_ref), ``logps/…`` and ``entropy`` in nats.
+        """
         loss = self.compute_loss(model, inputs)
         logged = {name: values.pop() for name, values in self._metrics["eval"].items()}
         self._metrics["eval"].clear()
@@ -251,7 +259,7 @@ def pair_log_probs(
         collate_sources: as for ``EncoderDecoderDPOTrainer``.
 
     Returns:
-        chosen and rejected, (N,) float64 each, in the order of ``pairs``.
+        chosen and rejected, (N,) float64 each in nats, in the order of ``pairs``.
     """
     model.eval()
     inner, device = unwrap(model), next(model.parameters()).device

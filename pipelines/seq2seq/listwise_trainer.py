@@ -234,7 +234,7 @@ def list_log_probs(
         batch_size: lists in one pass.
 
     Returns:
-        N lists of numbers, in the order of ``lists`` and of their completions.
+        N lists of numbers in nats, in the order of ``lists`` and of their completions.
     """
     model.eval()
     device = next(model.parameters()).device

@@ -351,9 +351,15 @@ class PPOTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """Clipped surrogate + value loss − entropy bonus (+ KL) of this process's rows, a scalar.
+        """Clipped surrogate + value loss − entropy bonus (+ KL) of this process's rows (Schulman et al. 2017, eq. 9).
 
-        Schulman et al. (2017), eq. 9; a mean over the tokens of the whole mini-batch once processes have averaged.
+        Args:
+            model: the actor-critic, perhaps wrapped.
+            inputs: a micro-batch of a rollout: its B sources, and (R, T) of everything that belongs to R = K·B rows.
+            return_outputs: not read, like ``num_items_in_batch``: the micro-batch brings its own weight.
+
+        Returns:
+            A scalar; a mean over the tokens of the whole mini-batch once processes have averaged.
         """
         args, mask = self.args, inputs["completion_mask"]
         names = ("source_ids", "source_mask", "completion_ids", "completion_mask")
