@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -29,6 +29,19 @@ from pipelines.stage import write_json
 PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 """Columns of a tokenized preference set: lists of ids; completions without a start token, with the end token. A set
 whose sources are not text has no ``prompt_ids``."""
+
+
+class SourceExample(TypedDict):
+    """What PPO's trainer knows of a source: its tokens, and texts for the reward functions.
+
+    A source that is not text holds its array under the encoder's name for it, or what ``collate_sources`` needs.
+    """
+
+    id: str
+    input_ids: NotRequired[list[int]]
+    document: str
+    references: list[str]
+
 
 CollateSources = Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]
 """Makes a batch of B sources from examples: tensors (B, …) under the encoder's own argument names."""

@@ -301,8 +301,7 @@ class _Groups(InParts):
         samples, (count, length) = self.num_generations, found.shape
         rows = sorted({0, samples - 1, count - samples, count - 1})
         ids, mask = input_ids[rows, -length:], attention_mask[rows, -length:]
-        alone = [input_ids[row, :-length][attention_mask[row, :-length].bool()].tolist() for row in rows]
-        source_ids, source_mask = (t.to(ids.device) for t in pad_rows(alone, self.processing_class.pad_token_id))
+        source_ids, source_mask = _right_padded(input_ids[rows, :-length], attention_mask[rows, :-length])
         with self.accelerator.autocast():
             sources = {"input_ids": source_ids, "attention_mask": source_mask}
             check_log_probs(model, sources, ids, mask, found[rows].detach(), temperature=self.temperature)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from pipelines.errors import UserError
 from pipelines.seq2seq import ppo_math
 from pipelines.seq2seq.actor_critic import ActorCritic, Reference
 from pipelines.seq2seq.annotators import Annotator
-from pipelines.seq2seq.collators import CollateSources, join_rows, sources_of
+from pipelines.seq2seq.collators import CollateSources, SourceExample, join_rows, sources_of
 from pipelines.seq2seq.guard import check_batch
 from pipelines.seq2seq.losses import kl_estimate, masked_mean, sequence_sum
 from pipelines.seq2seq.ppo_arguments import PPOArguments
@@ -39,18 +39,6 @@ from pipelines.seq2seq.view import as_view, encode, silence_dropout
 
 STATE_FILE = "ppo_state.pt"
 Rollout = dict[str, Tensor]
-
-
-class SourceExample(TypedDict):
-    """What the trainer knows of a source: its tokens, and texts for the reward functions.
-
-    A source that is not text holds its array under the encoder's name for it, or what ``collate_sources`` needs.
-    """
-
-    id: str
-    input_ids: NotRequired[list[int]]
-    document: str
-    references: list[str]
 
 
 class _EndOfRollout(TrainerCallback):
@@ -136,7 +124,8 @@ class PPOTrainer(Trainer):
         self.rollout: Rollout | None = None
         self.record: dict[str, float] = {}
         self.statistics = torch.zeros(len(self._STATISTICS), dtype=torch.float64)
-        self.stopped = self.halted = self._checked = False
+        self.stopped = self.halted = False
+        self._checked: set[str] = set()
         self._keys = prompt_keys([source["id"] for source in sources])
 
     # --- the schedule: everything is a function of the micro-batch's number ---
@@ -173,8 +162,8 @@ class PPOTrainer(Trainer):
         batch = {k: v[share if k.startswith("source_") else rows] for k, v in self.rollout.items()}
         for prefix, names in (("source_", ("ids", "mask")), ("", [k for k in batch if not k.startswith("source_")])):
             mask = batch.get(f"{prefix or 'completion_'}mask")
-            if mask is None:
-                continue  # sources without a mask are of one size
+            if mask is None or batch[f"{prefix or 'completion_'}ids"].is_floating_point():
+                continue  # sources without a mask are of one size; an encoder of speech may see where padding ends
             longest = int(mask.sum(1).max())
             batch |= {prefix + name: batch[prefix + name][:, :longest] for name in names}
         # Processes average their gradients; the loss is a mean over the tokens of the whole mini-batch.
@@ -244,6 +233,7 @@ class PPOTrainer(Trainer):
             # Not what sampling saw: with a cache the same numbers come in another order of additions, and the first
             # ratio would not be 1.
             found = self.model(*batch, encoder_states=states, temperature=args.temperature, with_entropy=True)
+            self._check("rollout", sources, completion_ids, completion_mask, found["log_probs"])
             found["reference"] = self.reference.log_probs(*batch, temperature=args.temperature)
             names = ("source_ids", "source_mask", "completion_ids", "completion_mask")
             chunks.append({k: v for k, v in zip(names, batch, strict=True) if v is not None} | found)
@@ -255,6 +245,12 @@ class PPOTrainer(Trainer):
             ]
             for name in chunks[0]
         }
+
+    def _check(self, what: str, sources: dict[str, Tensor | None], *rows: Tensor) -> None:
+        """Compare the first log-probabilities of a rollout, and of a batch in training, with the plain class's."""
+        if what not in self._checked:
+            check_batch(self.model.policy, sources, *rows, order="source-major", temperature=self.args.temperature)
+            self._checked.add(what)
 
     def _keep_samples(
         self, number: int, examples: list[SourceExample], data: Rollout, scores: Tensor, gold: Tensor
@@ -315,15 +311,6 @@ class PPOTrainer(Trainer):
         self.halted = args.max_kl is not None and kl > args.max_kl
         return data
 
-    @torch.no_grad()
-    def _check(self, batch: dict[str, Tensor]) -> None:
-        """Compare log-probabilities of the first batch, as it is trained on, with the plain class's."""
-        sources = {source_name(self.model.policy): batch["source_ids"], "attention_mask": batch.get("source_mask")}
-        rows = (batch["completion_ids"], batch["completion_mask"], batch["log_probs"])
-        with self.accelerator.autocast(), whole(self.model):
-            check_batch(self.model.policy, sources, *rows, order="source-major", temperature=self.args.temperature)
-        self._checked = True
-
     # --- the optimizer's steps ---
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -334,8 +321,6 @@ class PPOTrainer(Trainer):
         if within == 0:
             self.rollout, self.stopped = self.make_rollout(rollout), False
             self.statistics.zero_()
-            if not self._checked:
-                self._check(self.micro_batch(number))
         if self.stopped or self.halted:
             # Without gradients the optimizer leaves the weights and its own averages as they are.
             return torch.zeros((), device=self.args.device)
@@ -368,6 +353,8 @@ class PPOTrainer(Trainer):
             temperature=args.temperature,
             with_entropy=args.entropy_coefficient != 0,
         )
+        sources = {source_name(self.model.policy): inputs["source_ids"], "attention_mask": inputs.get("source_mask")}
+        self._check("batch", sources, inputs["completion_ids"], mask, now["log_probs"].detach())
         policy = ppo_math.policy_loss(now["log_probs"], inputs["log_probs"], inputs["advantages"], args.clip_range)
         value = ppo_math.value_loss(now["values"], inputs["values"], inputs["returns"], args.value_clip_range)
         loss = policy.loss + args.value_coefficient * value

@@ -141,9 +141,10 @@ def test_a_right_batch_passes(kind, tmp_path, monkeypatch):
         monkeypatch.setattr(module, "check_log_probs", check_log_probs)
     trainer.train()
     assert trainer.state.global_step > 0
-    assert len(seen) == 1
-    assert len(set(map(tuple, seen[0]))) == 2
-    assert len(seen[0]) == 4
+    assert len(seen) == (2 if kind == "ppo" else 1)  # PPO's rollout, and the first batch made of it
+    for sources in seen:
+        assert len(sources) == 4
+        assert len(set(map(tuple, sources))) == 2
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -156,18 +157,20 @@ def test_a_wrong_batch_is_caught_before_the_first_step(kind, way, tmp_path, monk
     assert trainer.state.global_step == 0
 
 
-def test_a_ppo_batch_that_is_paired_wrongly_after_the_rollout_is_caught(tmp_path):
-    """The rollout is right; its completions are given to other sources where mini-batches are made of it."""
+def test_a_ppo_batch_that_is_paired_wrongly_in_training_alone_is_caught(tmp_path):
+    """The rollout, whose sources are encoded already, is right."""
     trainer = make_trainer(tmp_path, policy=policy(), rollouts=1)
-    plain = trainer.micro_batch
+    plain = trainer.model.forward
 
-    def micro_batch(number):
-        batch = plain(number)
-        return batch | {"source_ids": torch.cat([batch["source_ids"][:1], batch["source_ids"][1:].roll(1, 0)])}
+    def forward(source_ids, source_mask, *rows, encoder_states=None, **options):
+        if encoder_states is None:
+            source_ids, source_mask = (torch.cat([t[:1], t[1:].roll(1, 0)]) for t in (source_ids, source_mask))
+        return plain(source_ids, source_mask, *rows, encoder_states=encoder_states, **options)
 
-    trainer.micro_batch = micro_batch
+    trainer.model.forward = forward
     with pytest.raises(RuntimeError, match=WRONG):
         trainer.train()
+    assert trainer.rollout is not None
 
 
 @pytest.mark.parametrize("order", ["sample-major", "source-major", "ragged"])

@@ -71,7 +71,7 @@ def test_log_probs_are_the_plain_models(tmp_path):
 
 def test_a_source_is_encoded_once_for_all_its_completions(tmp_path):
     trainer = make_trainer(tmp_path, rollouts=1, ppo_epochs=2, mini_batch_size=16, samples_per_source=4)
-    trainer._checked = True  # the first batch's check against the plain model encodes a source for each row
+    trainer._checked = {"rollout", "batch"}  # checks against the plain model encode a source for each row
     encoded = {"policy": 0, "reference": 0}
     for name, model in (("policy", trainer.model.policy), ("reference", trainer.reference.model)):
         encoder = model.get_encoder()
