@@ -30,8 +30,9 @@ LossType = Literal[
     "sft",
     "sigmoid_norm",
 ]
-# As TRL has them: the losses that read label_smoothing, and those an f-divergence other than reverse KL is valid for.
-_SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
+# The losses that read label_smoothing (of TRL's all but sigmoid, see `dpo_trainer.smoothed`), and as TRL has them those
+# that an f-divergence other than reverse KL is valid for.
+_SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")
 _ANY_DIVERGENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
 
 
@@ -43,7 +44,10 @@ class DPOStageConfig(StreamFields, PreferenceFields, DirectFields):
     loss_type: LossType | list[LossType] = Field("sigmoid", description="which of TRL's DPO losses, or a list of them")
     loss_weights: list[float] | None = Field(None, description="weights of a list of losses; null: all 1")
     label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="assumed share of flipped preferences (losses robust, exo_pair, aot)"
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="assumed share of flipped preferences (losses sigmoid: cDPO, robust, exo_pair, aot, aot_unpaired)",
     )
     f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = Field(
         "reverse_kl", description="divergence that ties the policy to the reference"

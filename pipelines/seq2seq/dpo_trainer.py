@@ -8,6 +8,7 @@ references, cached references and logging stay TRL's.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,41 @@ from pipelines.seq2seq.view import (
 REFERENCE_FILE = "reference.safetensors"
 
 
+def smoothed(
+    loss_types: Sequence[str], weights: Sequence[float], label_smoothing: float
+) -> tuple[list[str], list[float]]:
+    """TRL's losses and their weights, ``sigmoid`` made into cDPO's (Mitchell 2023) where labels are smoothed.
+
+    TRL smooths some of its losses and not this one, but cDPO's is a sum of two that it has. With L± = −log σ(±βΔ), of
+    which ``sigmoid`` is L₊ and ``robust`` ((1−ε) L₊ − ε L₋) / (1−2ε) (Chowdhury et al. 2024),
+
+        (1−ε) L₊ + ε L₋ = 2 (1−ε) sigmoid − (1−2ε) robust.
+
+    Args:
+        loss_types: TRL's names.
+        weights: one for each.
+        label_smoothing: ε in [0, 0.5).
+
+    Returns:
+        Names and weights of a sum that is the wanted one; those that came in where ε is 0.
+    """
+    found: list[tuple[str, float]] = []
+    for name, weight in zip(loss_types, weights, strict=True):
+        if name == "sigmoid" and label_smoothing:
+            parts = (("sigmoid", 2 * (1 - label_smoothing)), ("robust", -(1 - 2 * label_smoothing)))
+            found += [(part, weight * share) for part, share in parts]
+        else:
+            found.append((name, weight))
+    return [name for name, _ in found], [weight for _, weight in found]
+
+
 class EncoderDecoderDPOTrainer(HeldOutMeans, GroupedByLength, InParts, DPOTrainer):
     """TRL's DPOTrainer for encoder-decoder models; each source is encoded once for chosen and rejected.
 
     Args:
         model: an encoder-decoder; its class is swapped for its view. A PEFT model is taken too.
-        args: TRL's configuration. ``max_length`` has no meaning here: ``lengths`` rules.
+        args: TRL's configuration. ``max_length`` has no meaning here: ``lengths`` rules. ``label_smoothing`` also makes
+            the loss ``sigmoid`` that of cDPO.
         train_dataset: with the text columns ``prompt``, ``chosen``, ``rejected``, or tokenized by ``tokenize_pairs``.
             Sources that are not text stand in a column of the encoder's own name for them instead of ``prompt``.
         processing_class: the model's tokenizer.
@@ -138,6 +168,7 @@ class EncoderDecoderDPOTrainer(HeldOutMeans, GroupedByLength, InParts, DPOTraine
             score_in_one_pass(unwrap(self.model), outputs)
             if self.ref_model is not None:
                 score_in_one_pass(self.accelerator.unwrap_model(self.ref_model))
+        self.loss_types, self.loss_weights = smoothed(self.loss_types, self.loss_weights, args.label_smoothing)
         self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
         if args.sync_ref_model and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             problem = "a reference in shards cannot be moved and saved"

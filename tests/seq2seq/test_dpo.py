@@ -228,9 +228,10 @@ def test_lora_trains_adapters_only_and_saves_a_merged_plain_model(tiny_t5, pairs
 def test_impossible_combinations_are_named():
     common = {"model": "m", "preferences": "p"}
     for fields, what in (
-        ({"label_smoothing": 0.1}, "label_smoothing"),
+        ({"label_smoothing": 0.1, "loss_type": "hinge"}, "label_smoothing"),
         ({"loss_type": "exo_pair"}, "label_smoothing"),
         ({"loss_type": "nca_pair", "f_divergence": "js_divergence"}, "f_divergence"),
     ):
         assert [p.what for p in DPOStageConfig(**common, **fields).problems()] == [what]
-    assert DPOStageConfig(**common, loss_type="robust", label_smoothing=0.1).problems() == []
+    for loss_type in ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired"):
+        assert DPOStageConfig(**common, loss_type=loss_type, label_smoothing=0.1).problems() == []

@@ -23,8 +23,9 @@ from pipelines.seq2seq import dpo
 from pipelines.seq2seq.collators import tokenize_pairs
 from pipelines.seq2seq.dpo import DPOStageConfig, LossType
 from pipelines.seq2seq.dpo_trainer import EncoderDecoderDPOTrainer, pair_log_probs
+from pipelines.seq2seq.losses import dpo_loss
 from pipelines.seq2seq.training import checkpoint_marker
-from pipelines.seq2seq.view import as_view, decoder_inputs
+from pipelines.seq2seq.view import as_view, decoder_inputs, encode, sequence_log_probs
 
 BETA, SMOOTHING, ALPHA = 0.7, 0.1, 0.3
 
@@ -102,6 +103,7 @@ def formula(loss_type: str, policy: Tensor, reference: Tensor, mask: Tensor, div
     mix = s(b * delta / 0.05)
     values = {
         "sigmoid": -log_s(b * delta),
+        "cdpo": smoothed(delta),
         "hinge": (1 - b * delta).clamp(min=0),
         "ipo": (f_w / n_w - f_l / n_l - 1 / (2 * b)) ** 2,
         "exo_pair": p * (p / (1 - e)).log() + (1 - p) * ((1 - p) / e).log(),
@@ -175,6 +177,52 @@ def test_each_loss_is_its_formula_on_plain_log_probs_and_trains(
     trainer.train()
     assert math.isfinite(trainer.state.log_history[0]["loss"])
     assert any(not torch.equal(old, new) for old, new in zip(before, trainer.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.4])
+def test_smoothed_labels_make_the_sigmoid_loss_that_of_cdpo(tiny_t5, pairs, tokenizer, tmp_path, smoothing):
+    """Value and gradient, the smoothed loss on log-probabilities of the same model for comparison."""
+    trainer = make_trainer(
+        moved(t5(tiny_t5)), tmp_path, pairs, tokenizer, ref_model=t5(tiny_t5), label_smoothing=smoothing
+    )
+    assert trainer.args.loss_type == ["sigmoid"]
+    batch, parameters = batch_of(trainer), list(trainer.model.parameters())
+    reference = plain_log_probs(t5(tiny_t5), batch)[0].sum(1).float()
+    ids, mask = batch["input_ids"][:, 1:], batch["completion_mask"][:, 1:]
+    states = encode(trainer.model, batch["encoder_input_ids"], batch["encoder_attention_mask"])
+    log_probs = sequence_log_probs(
+        trainer.model, states, batch["encoder_attention_mask"], ids, mask, order="sample-major"
+    )
+    scores = (*log_probs.sum(1).chunk(2), *reference.chunk(2))
+    wanted = dpo_loss(*scores, beta=BETA, label_smoothing=smoothing).mean()
+    found = trainer.compute_loss(trainer.model, batch)
+    assert found.item() == pytest.approx(wanted.item(), abs=1e-5)
+    assert abs(found.item() - dpo_loss(*scores, beta=BETA).mean().item()) > 1e-3
+    gradients = zip(*(torch.autograd.grad(value, parameters) for value in (found, wanted)), strict=True)
+    for one, other in gradients:
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_smoothed_labels_beside_other_losses_and_divergences(tiny_t5, pairs, tokenizer, tmp_path):
+    """All losses that read it share one ε; the others go on as they are; the weights are those that were given."""
+    names, weights = ["sigmoid", "sft", "exo_pair"], [0.8, 0.3, 0.5]
+    trainer = make_trainer(
+        moved(t5(tiny_t5)),
+        tmp_path,
+        pairs,
+        tokenizer,
+        ref_model=t5(tiny_t5),
+        loss_type=names,
+        loss_weights=weights,
+        label_smoothing=SMOOTHING,
+        f_divergence_type="js_divergence",
+    )
+    batch = batch_of(trainer)
+    policy, mask = plain_log_probs(moved(t5(tiny_t5)), batch)
+    reference, _ = plain_log_probs(t5(tiny_t5), batch)
+    values = [formula(n, policy, reference, mask, "js_divergence") for n in ("cdpo", "sft", "exo_pair")]
+    expected = sum(weight * value for weight, value in zip(weights, values, strict=True))
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_list_of_losses_is_their_weighted_sum(tiny_t5, pairs, tokenizer, tmp_path):
