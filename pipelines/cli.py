@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     estimate.set_defaults(action=_estimate)
 
     report = commands.add_parser("report", help="write DIR/report.html anew")
-    report.add_argument("run_dir", metavar="DIR", help="a run's folder")
+    report.add_argument("run_dir", metavar="DIR", help="a run's folder, or that of a recipe run by itself")
     report.set_defaults(action=_report)
 
     push = commands.add_parser(
@@ -129,9 +129,10 @@ def _estimate(arguments: argparse.Namespace) -> None:
 
 def _report(arguments: argparse.Namespace) -> None:
     from pipelines.runner import RUN_FILE
+    from pipelines.stage import STAGE_FILE
 
     run_dir = Path(arguments.run_dir).expanduser()
-    if not (run_dir / RUN_FILE).is_file():
+    if not any((run_dir / name).is_file() for name in (RUN_FILE, STAGE_FILE)):
         raise UserError("DIR", run_dir, f"is not a run's folder (no {RUN_FILE})", "give the folder of genalign run")
     from pipelines.reporting.report import write_report
 

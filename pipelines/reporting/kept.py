@@ -15,7 +15,7 @@ from pipelines.errors import UserError
 from pipelines.reporting.alike import check_measured, check_stages, configurations, judge
 from pipelines.reporting.kept_images import image_metrics, images_block
 from pipelines.reporting.metrics import HIGH, LOW, check_metrics, format_mean, read_json, read_metrics
-from pipelines.reporting.run import Run, Stage, read_run
+from pipelines.reporting.run import Run, Stage
 from pipelines.reporting.sections.problems import EXERCISE, exercise_table
 from pipelines.reporting.sections.prompting_compare import CHOSEN, compared
 from pipelines.reporting.sections.vae_blur import ALT, DRAWN, PICTURE, SHARPNESS, explained, sweep_table
@@ -44,24 +44,6 @@ HEADLINES = {
 """Exercise -> which of its tables are kept; of others all of them."""
 
 _COUNTS = {"train_images": "training images", "test_images": "test images", "seeds": "seeds"}
-
-
-def opened(folder: Path) -> Run:
-    """A run's folder, or that of a stage which was run by itself (a recipe, an exercise), as a run of one stage.
-
-    Raises:
-        UserError: if it is neither, or one of its files is damaged.
-    """
-    if (folder / "run.json").is_file() or not (folder / "stage.json").is_file():
-        return read_run(folder)
-    record = read_json(folder / "stage.json")
-    if not isinstance(record, dict):
-        raise UserError("file", str(folder / "stage.json"), "not a JSON object", "run its stage again")
-    exercise = read_json(folder / EXERCISE) if (folder / EXERCISE).is_file() else None
-    kind = Stage(folder.resolve().name, folder, record).kind
-    name, title = (exercise[PAGE], exercise["title"]) if isinstance(exercise, dict) else (kind, kind)
-    stage = Stage(name, folder, record)
-    return Run(folder, stage.name, title, "", record.get("seed"), (stage,), stage.metrics)
 
 
 def kept(runs: Sequence[Run]) -> dict[str, Any]:

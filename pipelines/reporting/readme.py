@@ -24,10 +24,10 @@ from typing import Any
 
 from pipelines.errors import UserError
 from pipelines.precision import processor
-from pipelines.reporting.kept import WITHOUT_STAGES, added, kept, opened, read_kept, results_block
+from pipelines.reporting.kept import WITHOUT_STAGES, added, kept, read_kept, results_block
 from pipelines.reporting.metrics import write_bytes, write_text
 from pipelines.reporting.pictures import picture_names, pictures_of
-from pipelines.reporting.run import Run
+from pipelines.reporting.run import Run, opened
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 

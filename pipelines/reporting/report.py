@@ -18,7 +18,7 @@ from pipelines.reporting.metrics import estimate, format_interval, measure_of, w
 from pipelines.reporting.notes import notes
 from pipelines.reporting.page import Section, figure, figures, folded, heading, join
 from pipelines.reporting.plots import Panel, Series
-from pipelines.reporting.run import Run, Stage, anchor, is_number, read_run
+from pipelines.reporting.run import Run, Stage, anchor, is_number, opened
 from pipelines.reporting.sections import SECTIONS
 from pipelines.reporting.sections.problems import failed_checks
 from pipelines.reporting.tables import html_table, mapping_table, metrics_table, system_label, systems_in
@@ -33,12 +33,12 @@ def write_report(run_dir: Path | str) -> Path:
     Stages that are missing or unfinished are shown as such; a part whose files are not there is left out.
 
     Args:
-        run_dir: folder with ``run.json``, ``metrics.json`` and a folder for each stage.
+        run_dir: folder with ``run.json``, ``metrics.json`` and a folder for each stage; or that of a stage alone.
 
     Raises:
         UserError: if the folder holds no run or one of its files is damaged.
     """
-    run = read_run(run_dir)
+    run = opened(run_dir)
     path = run.folder / "report.html"
     write_text(path, render(run))
     return path

@@ -184,11 +184,31 @@ def read_run(folder: Path | str) -> Run:
     )
 
 
+def opened(folder: Path | str) -> Run:
+    """A run's folder, or that of a stage which was run by itself (a recipe, an exercise), as a run of one stage.
+
+    Raises:
+        UserError: if it is neither, or one of its files is damaged.
+    """
+    folder = Path(folder).expanduser()
+    if (folder / "run.json").is_file() or not (folder / "stage.json").is_file():
+        return read_run(folder)
+    stage = _stage_in(folder, folder.resolve().name)
+    exercise = stage.json("exercise.json")
+    name, title = (exercise["page"], exercise["title"]) if isinstance(exercise, dict) else (stage.kind, stage.kind)
+    stage = Stage(name, folder, stage.record)
+    return Run(folder, name, title, "", stage.record.get("seed"), (stage,), stage.metrics)
+
+
 def _read_stage(folder: Path, name: str) -> Stage:
     for place in (folder / name, folder / f".{name}.partial"):  # an unfinished stage lies in its working folder
         if (place / "stage.json").is_file():
-            record = read_json(place / "stage.json")
-            if not isinstance(record, dict):
-                raise UserError("file", str(place / "stage.json"), "not a JSON object", "run its stage again")
-            return Stage(name, place, record)
+            return _stage_in(place, name)
     return Stage(name, folder / name)
+
+
+def _stage_in(place: Path, name: str) -> Stage:
+    record = read_json(place / "stage.json")
+    if not isinstance(record, dict):
+        raise UserError("file", str(place / "stage.json"), "not a JSON object", "run its stage again")
+    return Stage(name, place, record)

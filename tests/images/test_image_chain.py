@@ -17,8 +17,9 @@ from pipelines.config import validate
 from pipelines.errors import UserError
 from pipelines.images.classifier_network import ImageClassifier, quarter_turns
 from pipelines.images.measure import MeasureConfig
-from pipelines.reporting.kept import kept, opened, results_block
+from pipelines.reporting.kept import kept, results_block
 from pipelines.reporting.metrics import is_interval_key
+from pipelines.reporting.run import opened
 from tests.chain.test_whole import documented
 from tests.images.conftest import HERE, ROOT, content
 

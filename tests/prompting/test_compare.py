@@ -11,8 +11,9 @@ from pipelines.config import validate
 from pipelines.errors import UserError
 from pipelines.prompting.compare import CompareConfig, compare
 from pipelines.prompting.compare_math import crossed_difference
-from pipelines.reporting.kept import kept, opened, results_block
+from pipelines.reporting.kept import kept, results_block
 from pipelines.reporting.report import write_report
+from pipelines.reporting.run import opened
 from pipelines.reporting.sections.prompting_compare import compared
 from pipelines.reporting.tables import markdown_table
 from pipelines.runner import Chain

@@ -14,6 +14,7 @@ from kept_blocks import block, cells, document
 from PIL import Image
 from scipy.stats import spearmanr
 
+from pipelines import cli
 from pipelines.reporting import readme
 from pipelines.reporting.report import write_report
 from pipelines.reporting.run import read_run
@@ -103,6 +104,17 @@ def test_the_sweep_of_autoencoders_has_a_section(tmp_path: Path) -> None:
     assert 'id="stage-vae-blur"' not in page  # it needs no plain section
     (run / "vae_blur" / "sweep.json").unlink()
     assert vae_blur(read_run(run)) is None
+
+
+def test_a_recipe_that_was_run_by_itself_has_a_report(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = synthetic.write_sweep(tmp_path / "blur")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", str(folder)])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.strip() == str(folder / "report.html")
+    text = (folder / "report.html").read_text()
+    assert "Gaussian, 0.1" in section(text, "vae-blur")
+    assert "<title>vae_blur" in text
 
 
 def test_a_sweep_that_was_run_by_itself_is_kept(tmp_path: Path) -> None:
