@@ -28,6 +28,7 @@ _SIZES |= dict.fromkeys(("encoder_num_attention_heads", "decoder_num_attention_h
 _SIZES |= dict.fromkeys(("encoder_num_key_value_heads", "decoder_num_key_value_heads"), 2)
 _SIZES |= dict.fromkeys(("num_decoder_attention_heads",), 2)
 _SIZES |= dict.fromkeys(("d_kv", "head_dim"), 8)
+_SIZES["sliding_window"] = 3
 
 
 def registered() -> dict[str, str]:

@@ -8,14 +8,15 @@ from architectures import build, encoder_decoders, registered, sources_of
 from datasets import Dataset
 from ppo_environment import make_sources, make_tokenizer, make_trainer
 from tiny_models import VOCABULARY, loud, tiny_batch
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, GenerationConfig, GenerationMixin
 from trl import DPOConfig
 
 from pipelines.errors import UserError
 from pipelines.seq2seq.dpo_trainer import EncoderDecoderDPOTrainer
+from pipelines.seq2seq.sampling import GumbelSampler, sample_completions
 from pipelines.seq2seq.stacks import source_name
 from pipelines.seq2seq.training import LengthConfig
-from pipelines.seq2seq.view import as_view, decoder_inputs, encode, sequence_log_probs
+from pipelines.seq2seq.view import as_view, decoder_inputs, decoder_start_id, encode, sequence_log_probs
 
 REFUSED = {
     "EncoderDecoderModel": "its logits are not its output embedding",  # BERT has a transform before it
@@ -98,6 +99,27 @@ def test_it_fits_the_view(name):
         if other.grad is not None:
             scale = other.grad.abs().max().clamp(min=1.0)
             torch.testing.assert_close(one.grad / scale, other.grad / scale, rtol=0, atol=1e-5, msg=part)
+
+
+@pytest.mark.parametrize("name", WORKING)
+def test_completions_are_those_of_generate(name):
+    """Whatever its decoder keeps from one position to the next; the sampled tokens differ from row to row."""
+    model = as_view(loud(build(name)))
+    source, source_mask = sources_of(model)
+    start = decoder_start_id(model)
+    sampler = GumbelSampler.of_samples(5, torch.arange(2), 3)
+    states = encode(model, source, source_mask)
+    options = {"samples": 3, "max_new_tokens": 12, "eos_token_id": -1, "pad_token_id": 0}
+    completions, mask = sample_completions(model, states, source_mask, sampler, **options)
+    model.generation_config = GenerationConfig(decoder_start_token_id=start, bos_token_id=start, pad_token_id=0)
+    given = {} if source_mask is None else {"attention_mask": source_mask.repeat_interleave(3, 0)}
+    # Some have a `generate` of their own on top of this.
+    expected = GenerationMixin.generate(
+        model, source.repeat_interleave(3, 0), **given, logits_processor=[sampler], max_new_tokens=12, do_sample=False
+    )[:, 1:]
+    assert completions.tolist() == expected.tolist()
+    assert mask.all()
+    assert len({tuple(row) for row in completions.tolist()}) > 3
 
 
 def changed(before: dict, model) -> bool:
