@@ -163,7 +163,7 @@ class PPOTrainer(Trainer):
         for prefix, names in (("source_", ("ids", "mask")), ("", [k for k in batch if not k.startswith("source_")])):
             mask = batch.get(f"{prefix or 'completion_'}mask")
             if mask is None or batch[f"{prefix or 'completion_'}ids"].is_floating_point():
-                continue  # sources without a mask are of one size; an encoder of speech may see where padding ends
+                continue  # of one size in the whole rollout, as in `_sample`
             longest = int(mask.sum(1).max())
             batch |= {prefix + name: batch[prefix + name][:, :longest] for name in names}
         # Processes average their gradients; the loss is a mean over the tokens of the whole mini-batch.
@@ -210,11 +210,15 @@ class PPOTrainer(Trainer):
         args, samples, pad = self.args, self.args.samples_per_source, self.processing_class.pad_token_id
         order = sorted(range(len(examples)), key=lambda i: len(examples[i].get("input_ids", ())))
         size = max(1, args.rollout_batch_size // samples)
-        chunks: list[Rollout] = []
+        name, chunks = source_name(self.model.policy), []
+        # Text is padded chunk by chunk. An encoder of speech may see where padding ends: one length for the rollout.
+        every = None if name == "input_ids" else self.accelerator.pad_across_processes(self._collate(examples), dim=1)
         for chosen in (order[i : i + size] for i in range(0, len(order), size)):
-            sources = self.collate_sources([examples[i] for i in chosen])
-            sources = {name: tensor.to(args.device) for name, tensor in sources.items()}
-            ids, mask = sources[source_name(self.model.policy)], sources.get("attention_mask")
+            if every is None:
+                sources = self._collate([examples[i] for i in chosen])
+            else:
+                sources = {key: tensor[chosen] for key, tensor in every.items()}
+            ids, mask = sources[name], sources.get("attention_mask")
             states = encode(self.model.policy, ids, mask)
             sampler = GumbelSampler.of_samples(
                 args.seed, keys[chosen].to(args.device), samples, step=number, temperature=args.temperature
@@ -245,6 +249,9 @@ class PPOTrainer(Trainer):
             ]
             for name in chunks[0]
         }
+
+    def _collate(self, examples: list[SourceExample]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.args.device) for name, tensor in self.collate_sources(examples).items()}
 
     def _check(self, what: str, sources: dict[str, Tensor | None], *rows: Tensor) -> None:
         """Compare the first log-probabilities of a rollout, and of a batch in training, with the plain class's."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, LogitsProcessor
 
 from pipelines.seq2seq.shared_attention import can_share, shared_sources
-from pipelines.seq2seq.stacks import known_arguments, unwrap
+from pipelines.seq2seq.stacks import known_arguments, states_mask, unwrap
 from pipelines.seq2seq.view import decoder_start_id, output_logits
 
 
@@ -188,7 +188,7 @@ def sample_completions(
     Args:
         model: a view, or a PEFT model around one.
         encoder_states: (B, S, H) from ``view.encode``.
-        source_mask: (B, S) or None.
+        source_mask: (B, S) of the sources, which a speech encoder may have shortened since; or None.
         sampler: with R = B·K rows, source-major: row b·K + k is completion k of source b.
         samples: K.
         max_new_tokens: T, the end token included.
@@ -205,6 +205,7 @@ def sample_completions(
     cache = EncoderDecoderCache(DynamicCache(config=decoder.config), DynamicCache())
     scale = inner.__dict__.get("_view_scale", 1.0)
     shared = samples > 1 and can_share(model)
+    source_mask = states_mask(inner, encoder_states, source_mask)
 
     def next_logits(tokens: Tensor) -> Tensor:
         with shared_sources(model) if shared and len(tokens) != len(states) else nullcontext():

@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from architectures import build
 from ppo_environment import VOCABULARY, make_sources, make_trainer
 from tiny_models import loud, tiny
 
+from pipelines.seq2seq.sampling import GumbelSampler, sample_completions
 from pipelines.seq2seq.view import as_view, encode, sequence_log_probs
 
 SHAPES = {"whisper": ("input_features", (8, 40)), "vision": ("pixel_values", (3, 8, 8))}
@@ -66,6 +68,87 @@ def test_a_collator_of_ones_own_makes_the_sources(tmp_path):
     trainer = make_trainer(tmp_path, policy=policy, sources=sources, collate_sources=collate_sources, rollouts=1)
     trainer.train()
     assert trainer.rollout["source_ids"].shape[1:] == (8, 40)
+
+
+LENGTHS = (24, 15, 21, 10)
+"""Frames of speech: the encoder of Speech2Text makes one state of four."""
+
+
+def hearing():
+    """A Speech2Text of the toy world's words and its frames: their batch, and the mask that says how long each is."""
+    model = loud(build("Speech2TextForConditionalGeneration"))
+    model.generation_config.eos_token_id = 1
+    frames = torch.randn(len(LENGTHS), max(LENGTHS), 80, generator=torch.Generator().manual_seed(3))
+    mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()
+    return model, frames * mask[..., None], mask
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_samples_of_speech_of_unequal_length_are_those_of_generate(samples):
+    """The mask is of frames, the decoder's of the states that the encoder makes of them."""
+    model, frames, mask = hearing()
+    model, rows = as_view(model), torch.arange(len(LENGTHS)).repeat_interleave(samples)
+    sampler = GumbelSampler.of_samples(5, torch.arange(len(LENGTHS)), samples)
+    with torch.no_grad():
+        states = encode(model, frames, mask)
+    assert states.shape[1] == 6
+    options = {"samples": samples, "max_new_tokens": 8, "eos_token_id": 1, "pad_token_id": 0}
+    found, _ = sample_completions(model, states, mask, sampler, **options)
+    wanted = model.generate(
+        frames[rows], attention_mask=mask[rows], logits_processor=[sampler], max_new_tokens=8, do_sample=False
+    )[:, 1:]
+    assert found.tolist() == wanted.tolist()
+    # Were the padding read, others would come.
+    with torch.no_grad():
+        everything = sample_completions(model, states, torch.ones_like(mask), sampler, **options)[0]
+    assert everything.tolist() != found.tolist()
+
+
+@pytest.mark.parametrize("chunk", [64, 8])
+def test_speech_of_unequal_length_takes_ppo_steps(tmp_path, chunk):
+    """Also where a rollout is sampled in chunks, and a mini-batch without its longest recording."""
+    model, frames, _ = hearing()
+
+    def collate_sources(examples):
+        parts = [example["frames"] for example in examples]
+        ones = [torch.ones(len(part), dtype=torch.long) for part in parts]
+        return {
+            name: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            for name, rows in (("input_features", parts), ("attention_mask", ones))
+        }
+
+    sources = [
+        {key: value for key, value in source.items() if key != "input_ids"}
+        | {"frames": frames[i % 4, : LENGTHS[i % 4] - i // 4]}
+        for i, source in enumerate(make_sources())
+    ]
+    sizes = {"rollouts": 2, "rollout_batch_size": chunk, "learning_rate": 1e-2}
+    trainer = make_trainer(
+        tmp_path, policy=model, sources=sources, collate_sources=collate_sources, reward=lengths, **sizes
+    )
+    rollout = trainer.rollout = trainer.make_rollout(0)
+    mask = rollout["source_mask"]
+    assert len(mask.sum(1).unique()) > 2
+    assert rollout["source_ids"].shape == (*mask.shape, 80)
+    assert not rollout["source_ids"][mask == 0].any()
+    # What the encoder makes of a recording's end depends on the padding behind it: the first ratio is one all the same.
+    longest = []
+    for number in range(trainer.args.mini_batches):
+        batch = trainer.micro_batch(number)
+        with torch.no_grad():
+            names = ("source_ids", "source_mask", "completion_ids", "completion_mask")
+            now = trainer.model(*(batch[name] for name in names))["log_probs"]
+        torch.testing.assert_close(now, batch["log_probs"], rtol=0, atol=1e-5)
+        longest.append(int(batch["source_mask"].sum(1).max()))
+    assert min(longest) < mask.shape[1]
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "rollout" in entry]
+    assert entries[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
+    assert entries[1]["objective/kl"] > 1e-4
+
+
+def lengths(documents, summaries, references) -> list[float]:
+    return [float(len(summary)) for summary in summaries]
 
 
 def test_a_view_that_scores_wrongly_is_caught_on_the_first_rollout(tmp_path):
