@@ -69,7 +69,13 @@ def smoothed(
 
     Returns:
         Names and weights of a sum that is the wanted one; those that came in where ε is 0.
+
+    Raises:
+        UserError: ε is 0.5 or more, of which TRL's ``robust`` makes no loss.
     """
+    if label_smoothing >= 0.5:
+        problem = "as many labels would be wrong as right"
+        raise UserError("label_smoothing", label_smoothing, problem, "give a share below 0.5")
     found: list[tuple[str, float]] = []
     for name, weight in zip(loss_types, weights, strict=True):
         if name == "sigmoid" and label_smoothing:
@@ -102,8 +108,8 @@ class EncoderDecoderDPOTrainer(HeldOutMeans, GroupedByLength, InParts, DPOTraine
         optimizer_cls_and_kwargs: of the Trainer.
 
     Raises:
-        UserError: the model is no encoder-decoder that a view can be made of; or ``sync_ref_model`` with parameters in
-            shards (ZeRO-3, FSDP).
+        UserError: the model is no encoder-decoder that a view can be made of; ``label_smoothing`` of 0.5 or more; or
+            ``sync_ref_model`` with parameters in shards (ZeRO-3, FSDP).
     """
 
     collator_class: type = PairCollator

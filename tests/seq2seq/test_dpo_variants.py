@@ -203,6 +203,11 @@ def test_smoothed_labels_make_the_sigmoid_loss_that_of_cdpo(tiny_t5, pairs, toke
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
+def test_labels_that_are_as_often_wrong_as_right_are_refused(tiny_t5, pairs, tokenizer, tmp_path):
+    with pytest.raises(UserError, match=r"^label_smoothing=0.5: .* give a share below 0.5$"):
+        make_trainer(t5(tiny_t5), tmp_path, pairs, tokenizer, label_smoothing=0.5)
+
+
 def test_smoothed_labels_beside_other_losses_and_divergences(tiny_t5, pairs, tokenizer, tmp_path):
     """All losses that read it share one ε; the others go on as they are; the weights are those that were given."""
     names, weights = ["sigmoid", "sft", "exo_pair"], [0.8, 0.3, 0.5]
