@@ -13,7 +13,7 @@ from typing import Any
 
 from pipelines.errors import UserError
 from pipelines.reporting.alike import check_measured, check_stages, configurations, judge
-from pipelines.reporting.kept_images import image_metrics, images_block
+from pipelines.reporting.kept_images import WITHOUT_CLOCK, image_metrics, images_block
 from pipelines.reporting.metrics import HIGH, LOW, check_metrics, format_mean, read_json, read_metrics
 from pipelines.reporting.run import Run, Stage
 from pipelines.reporting.sections.problems import EXERCISE, exercise_table
@@ -114,7 +114,7 @@ def _check_run(
         raise UserError("--run", where, problem, "give runs of different seeds")
 
 
-def added(content: Mapping[str, Any], runs: Sequence[Run], than: str) -> dict[str, Any]:
+def added(content: Mapping[str, Any], runs: Sequence[Run], than: str, *, clock: bool = True) -> dict[str, Any]:
     """What a file keeps together with further runs, one a seed, that differ from those it keeps in the seed alone.
 
     Args:
@@ -122,6 +122,7 @@ def added(content: Mapping[str, Any], runs: Sequence[Run], than: str) -> dict[st
             settings, counts, and the measures of the classifier. ``WITHOUT_STAGES`` then names its seeds.
         runs: the further ones; pictures of samples are the first one's, where the file has none.
         than: what the file is called.
+        clock: whether what the clock measured of the further ones counts.
 
     Raises:
         UserError: if the file keeps none of several, or the runs are not like those it keeps.
@@ -143,7 +144,9 @@ def added(content: Mapping[str, Any], runs: Sequence[Run], than: str) -> dict[st
     for run, entry in zip(runs, new[SEEDS], strict=True):
         _check_run({**content, SEEDS: found[SEEDS]}, new[STAGES], entry, str(run.folder), than)
         found[SEEDS].append(entry)
-    order = ("settings", "pictures", STAGES, WITHOUT_STAGES, SEEDS)
+    if not clock:
+        found[WITHOUT_CLOCK] = [*content.get(WITHOUT_CLOCK, []), *(entry["seed"] for entry in new[SEEDS])]
+    order = ("settings", "pictures", STAGES, WITHOUT_STAGES, WITHOUT_CLOCK, SEEDS)
     return {name: found[name] for name in order if name in found}
 
 

@@ -15,6 +15,9 @@ from pipelines.reporting.tables import Cell, Table, markdown_table, show, system
 FIGURE = "comparison.png"
 """The figure of all families beside one another; a family's samples stand in ``NAME.png``."""
 
+WITHOUT_CLOCK = "without_clock"
+"""The seeds whose times by the clock count for nothing, for the machine was not theirs alone."""
+
 _SAMPLES = tuple(measure for measure in MEASURES if measure != "bound")
 _OF_VAES = ("negative_elbo", "kl", "reconstruction")
 _COUNTED = ("parameters", "steps")
@@ -83,14 +86,26 @@ def _with_bits(metrics: Mapping[str, float], families: Mapping[str, str]) -> dic
     return found
 
 
+def _means(content: Mapping[str, Any]) -> dict[str, float]:
+    """Means over the seeds with their errors; what the clock measured, over the seeds that had the machine alone."""
+    families, runs, shared = content["settings"]["families"], content["runs"], content.get(WITHOUT_CLOCK, [])
+    metrics = over_seeds([_with_bits(run["metrics"], families) for run in runs])
+    alone = [run["metrics"] for run in runs if run["seed"] not in shared] or [run["metrics"] for run in runs]
+    by_clock = {key: value for key, value in over_seeds(alone).items() if _of_clock(key)}
+    return {key: value for key, value in metrics.items() if not _of_clock(key)} | by_clock
+
+
+def _of_clock(key: str) -> bool:
+    return key.removesuffix(ERROR).endswith(("/train_runtime", "/seconds_a_sample"))
+
+
 def figure_of(content: Mapping[str, Any]) -> tuple[list, list[str]]:
     """The panels of the figure of all families, means over the seeds with their errors, and its rows.
 
     Args:
         content: what is kept of the runs.
     """
-    families = content["settings"]["families"]
-    metrics = over_seeds([run["metrics"] for run in content["runs"]])
+    families, metrics = content["settings"]["families"], _means(content)
     systems = [*families, *([REAL] if f"{REAL}/precision" in metrics else [])]
     keys = {s: f"{s}/seconds_a_sample" for s in families}
     seconds = {s: metrics[key] for s, key in keys.items() if key in metrics}
@@ -105,7 +120,7 @@ def images_block(content: Mapping[str, Any], folder: str = "") -> str:
         folder: where the pictures lie, as seen from the document.
     """
     families, runs, stages = content["settings"]["families"], content["runs"], content.get("stages", {})
-    metrics = over_seeds([_with_bits(run["metrics"], families) for run in runs])
+    metrics = _means(content)
     systems = [*families, *([REAL] if f"{REAL}/precision" in metrics else [])]
     drawn = systems_table(metrics, systems, _SAMPLES)
     # Bit-flip diffusion has a reconstruction term too: that of its first stage alone, which is no VAE's.
@@ -115,11 +130,16 @@ def images_block(content: Mapping[str, Any], folder: str = "") -> str:
     told = systems_table(rest, list(families), _BOUNDS_AND_TIME)
     seeds = ", ".join(str(run["seed"]) for run in runs)
     several = f"Means over {len(runs)} seeds ({seeds}), ± standard error over the seeds."
-    on_the_way = _curves(metrics, list(families))
+    on_the_way, shared = _curves(metrics, list(families)), content.get(WITHOUT_CLOCK, [])
     texts = [
         several if len(runs) > 1 else f"One seed ({seeds}): how much another would change is not known.",
         *explained(content["settings"], metrics.get("measure/test_examples", 0), stages),
         "Training: without measuring and drawing; by the clock on the wall, and the processor's time of all threads.",
+        *(
+            [f"By the clock: without seed {', '.join(map(str, shared))}, whose machine others shared."]
+            if shared
+            else []
+        ),
         *([_watched(metrics, families, stages)] if on_the_way else []),
     ]
     tables = [table for table in (drawn, told, on_the_way) if table]
@@ -131,9 +151,9 @@ def _watched(metrics: Mapping[str, float], families: Mapping[str, str], stages: 
     watched = [name for name in families if any(_steps(metrics, f"{name}/eval_{bound}@") for bound in BOUNDS)]
     counts = set()
     for name in watched:
-        if (asked := stages.get(name, {}).get("eval_images")) is not None:
-            counts.add(min(asked, int(metrics.get(f"{name}/test_examples", asked))))
-    number = f"{show(counts.pop())} of the" if len(counts) == 1 else "some of the"
+        asked, whole = stages.get(name, {}).get("eval_images"), metrics.get(f"{name}/test_examples")
+        counts.add(asked and (f"{show(asked)} of the" if whole is None or asked < whole else "all"))
+    number = counts.pop() if len(counts) == 1 and None not in counts else "some of the"
     text = f"While training: on {number} held-out images"
     if any(families[name] == "vae" for name in watched):
         text += ", of a VAE the negative ELBO, not the bound of the table above"

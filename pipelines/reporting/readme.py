@@ -142,7 +142,10 @@ def _taken(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any],
                 raise UserError("picture", str(folder / name), "no such file", "give the run once more by --run")
         return content, facts, {}
     runs = [opened(folder) for folder in options.run]
-    content = added(read_kept(options.results), runs, where) if options.add else kept(runs)
+    if options.add:
+        content = added(read_kept(options.results), runs, where, clock=not options.leave_minutes)
+    else:
+        content = kept(runs)
     if not options.leave_minutes:
         taken = facts_of(runs, Path(".venv/.installed"))
         facts = joined_facts(facts, taken, str(file)) if facts else taken
@@ -166,7 +169,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--leave-minutes",
         action="store_true",
-        help="with --add: leave the stages' minutes as they are (of runs on a machine that others shared)",
+        help="with --add: leave the stages' minutes, and all that the clock measured, as they are (of runs whose "
+        "machine others shared)",
     )
     options = parser.parse_args(arguments)
     if options.check and options.run:
