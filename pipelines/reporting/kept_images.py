@@ -135,11 +135,7 @@ def images_block(content: Mapping[str, Any], folder: str = "") -> str:
         several if len(runs) > 1 else f"One seed ({seeds}): how much another would change is not known.",
         *explained(content["settings"], metrics.get("measure/test_examples", 0), stages),
         "Training: without measuring and drawing; by the clock on the wall, and the processor's time of all threads.",
-        *(
-            [f"By the clock: without seed {', '.join(map(str, shared))}, whose machine others shared."]
-            if shared
-            else []
-        ),
+        *([f"By the clock: without seed {', '.join(map(str, shared))}, whose machine was shared."] if shared else []),
         *([_watched(metrics, families, stages)] if on_the_way else []),
     ]
     tables = [table for table in (drawn, told, on_the_way) if table]
