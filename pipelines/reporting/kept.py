@@ -55,20 +55,8 @@ def kept(runs: Sequence[Run]) -> dict[str, Any]:
     Raises:
         UserError: if they hold no results, are several of another kind, or differ in more than the seed.
     """
-    measured = [_the(run, "measure", "settings.json") for run in runs]
-    if all(measured):
-        settings = measured[0].json("settings.json")
-        drawn = [name for name in settings["families"] if (measured[0].folder / f"{name}.png").is_file()]
-        pictures = {"seed": measured[0].record.get("seed"), "systems": drawn}
-        return {"settings": settings, "pictures": pictures, **_by_seed(runs, measured, image_metrics)}
-    if len(runs) > 1:
-        evaluated = [_the(run, "evaluate", "settings.json") for run in runs]
-        if all(evaluated):
-            return _by_seed(runs, evaluated, lambda run, _: run.metrics)
-        what, found = ("image models", measured) if any(measured) else ("summaries", evaluated)
-        without = next(run for run, stage in zip(runs, found, strict=True) if stage is None)
-        mend = "give one run, or several finished ones of image models or of summaries, one a seed"
-        raise UserError("--run", str(without.folder), f"has measured no {what}", mend)
+    if len(runs) > 1 or _the(runs[0], "measure", "settings.json"):
+        return _one_a_seed(runs)
     (run,) = runs
     if (run.folder / EXERCISE).is_file():
         return _kept_exercise(run)
@@ -76,6 +64,23 @@ def kept(runs: Sequence[Run]) -> dict[str, Any]:
         return _kept_sweep(swept)
     comparison = _the(run, "compare", "comparison.json")
     return comparison.json("comparison.json") if comparison else read_metrics(run.folder / "metrics.json")
+
+
+def _one_a_seed(runs: Sequence[Run]) -> dict[str, Any]:
+    """What is kept of runs of image models or of summarization systems, of which there may be several."""
+    measured = [_the(run, "measure", "settings.json") for run in runs]
+    if all(measured):
+        settings = measured[0].json("settings.json")
+        drawn = [name for name in settings["families"] if (measured[0].folder / f"{name}.png").is_file()]
+        pictures = {"seed": measured[0].record.get("seed"), "systems": drawn}
+        return {"settings": settings, "pictures": pictures, **_by_seed(runs, measured, image_metrics)}
+    evaluated = [_the(run, "evaluate", "settings.json") for run in runs]
+    if all(evaluated):
+        return _by_seed(runs, evaluated, lambda run, _: run.metrics)
+    what, found = ("image models", measured) if any(measured) else ("summaries", evaluated)
+    without = next(run for run, stage in zip(runs, found, strict=True) if stage is None)
+    mend = "give one run, or several finished ones of image models or of summaries, one a seed"
+    raise UserError("--run", str(without.folder), f"has measured no {what}", mend)
 
 
 def _the(run: Run, kind: str, file: str) -> Stage | None:
@@ -129,8 +134,8 @@ def added(content: Mapping[str, Any], runs: Sequence[Run], than: str, *, clock: 
     """
     if SEEDS not in content:
         raise UserError("--add", than, "keeps one run, not one a seed", "leave out --add and give every run by --run")
-    new = kept(runs)
-    if SEEDS not in new or ("settings" in new) != ("settings" in content):
+    new = _one_a_seed(runs)
+    if ("settings" in new) != ("settings" in content):
         kind = "image models" if "settings" in content else "summaries"
         raise UserError("--run", str(runs[0].folder), f"has not what {than} keeps", f"give finished runs of {kind}")
     for name in sorted({*content.get("settings", {})} & {*new.get("settings", {})}):

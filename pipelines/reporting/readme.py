@@ -203,11 +203,9 @@ def main(arguments: list[str] | None = None) -> int:
         write_bytes(folder / name, picture)
     if options.add and WITHOUT_STAGES in content:
         seeds = ", ".join(map(str, content[WITHOUT_STAGES]))
-        print(
-            f"{options.results}: keeps no fields of the stages of seed {seeds}; settings, steps, parameters and the "
-            "classifier's measures are the same, the other fields could not be compared",
-            file=sys.stderr,
-        )
+        same = "settings, steps, parameters and the classifier's measures are the same, other fields"
+        compared = f"{same if 'settings' in content else 'those'} could not be compared"
+        print(f"{options.results}: keeps no fields of the stages of seed {seeds}; {compared}", file=sys.stderr)
     if new == old:
         return 0
     if options.check:

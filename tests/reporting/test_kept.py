@@ -119,6 +119,45 @@ def test_summaries_of_several_seeds(tmp_path: Path) -> None:
     assert readme.main([str(file), str(page), *words]) == 2
 
 
+def test_seeds_of_summaries_are_added_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    runs = [demo(tmp_path / f"s{seed}", seed) for seed in range(4)]
+    found = []
+    for name, groups in (("together", (runs[:3],)), ("added", (runs[:2], runs[2:3]))):
+        (tmp_path / name).mkdir()
+        file, page = tmp_path / name / "demo_seeds.json", document(tmp_path / name, "demo_seeds")
+        for number, group in enumerate(groups):
+            words = [word for run in group for word in ("--run", str(run))]
+            assert readme.main([str(file), str(page), *words, *["--add"] * number]) == 0
+        found.append(
+            (file.read_text(), page.read_text(), json.loads(file.with_name("demo_seeds_run.json").read_text()))
+        )
+    assert found[0] == found[1]
+    assert found[0][2]["runs"] == 3
+    settings = json.loads((runs[3] / "evaluate" / "settings.json").read_text())
+    settings["sft"]["num_beams"] = 8
+    (runs[3] / "evaluate" / "settings.json").write_text(json.dumps(settings))
+    assert readme.main([str(file), str(page), "--add", "--run", str(runs[3])]) == 2
+    error = capsys.readouterr().err
+    assert "has generation " in error
+    assert error.endswith("give runs that differ in the seed alone\n")
+    assert file.read_text() == found[1][0]
+
+
+def test_an_older_file_of_summaries_says_that_no_field_was_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    runs = [demo(tmp_path / f"s{seed}", seed) for seed in range(3)]
+    file, page = tmp_path / "demo_seeds.json", document(tmp_path, "demo_seeds")
+    assert readme.main([str(file), str(page), "--run", str(runs[0]), "--run", str(runs[1])]) == 0
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({"runs": content["runs"]}))
+    capsys.readouterr()
+    assert readme.main([str(file), str(page), "--add", "--run", str(runs[2])]) == 0
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "keeps no fields of the stages of seed 0, 1; those could not be compared" in error
+
+
 def exercise(folder: Path, seeds: int, found: float = 1.0) -> Path:
     folder.mkdir()
     answer = Answer(ExerciseConfig(output_dir=str(folder)), "zeroth_order", "0th order")

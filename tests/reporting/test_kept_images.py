@@ -158,7 +158,8 @@ def without_a_stage(run: Path) -> None:
         (on_other_data, 'vae.dataset is "another digest" in it, not "digest of the images"'),
         (with_more_samples, "samples is 500 in it, not 1000"),
         (without_a_stage, "has the stages classifier, bitflip, measure, not classifier, vae, bitflip, measure"),
-        (lambda at: synthetic.write_comparison(at), "has not what"),
+        (lambda at: synthetic.write_comparison(at), "has measured no summaries"),
+        (lambda at: synthetic.write_run(at, examples=4), "has not what"),
     ],
 )
 def test_what_cannot_be_added_is_one_line(made, said: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -215,7 +216,7 @@ def test_an_older_file_is_compared_by_what_it_holds(tmp_path: Path, capsys: pyte
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "keeps no fields of the stages of seed 0;" in said
-    assert "could not be compared" in said
+    assert "the classifier's measures are the same, other fields could not be compared" in said
     content = json.loads(file.read_text())
     assert content["without_stages"] == [0]
     assert content["pictures"]["seed"] == 1
