@@ -15,7 +15,7 @@ from PIL import Image
 from scipy.stats import spearmanr
 
 from pipelines import cli
-from pipelines.reporting import readme
+from pipelines.reporting import plots, readme
 from pipelines.reporting.report import write_report
 from pipelines.reporting.run import read_run
 from pipelines.reporting.sections.images_training import images_training
@@ -26,12 +26,21 @@ def section(text: str, key: str) -> str:
     return re.search(rf'<section id="{key}">(.*?)</section>', text, flags=re.DOTALL).group(1)
 
 
-def test_the_bound_stands_against_the_processors_minutes_and_the_clocks(tmp_path: Path) -> None:
-    run = synthetic.write_images(tmp_path / "run", 0)
+def test_the_bound_stands_against_the_processors_minutes_and_the_clocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, drawn = synthetic.write_images(tmp_path / "run", 0), []
+    lines = plots.lines
+    monkeypatch.setattr(plots, "lines", lambda name, panels, *rest: drawn.append(panels) or lines(name, panels, *rest))
     text = section(write_report(run).read_text(), "image-training")
     assert text.count("The bound against time") == 2
     assert text.count("CPU minutes of training, where not said otherwise") == 2
     assert text.count("held out, by the clock") == 2
+    for (panel,) in drawn:
+        assert {series.label: series.x for series in panel.series} == {
+            "held out": [1.0, 2.0],
+            "held out, by the clock": [pytest.approx(50 / 60), 1.5],
+        }
     for name in ("vae", "bitflip"):  # older runs have the clock alone
         path = run / name / "timing.json"
         entries = json.loads(path.read_text())
