@@ -21,7 +21,8 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from pipelines.corpus.token_cache import CACHED_FROM, made_once, token_folder
-from pipelines.seq2seq.stacks import source_name
+from pipelines.errors import UserError
+from pipelines.seq2seq.stacks import source_name, unwrap
 from pipelines.seq2seq.streamed import StreamedExamples
 from pipelines.seq2seq.training import LengthConfig, tokenize_sources, tokenize_targets
 from pipelines.stage import write_json
@@ -126,6 +127,23 @@ def sources_of(model: Any, pad_id: int, column: str = "prompt_ids") -> CollateSo
     """
     name = source_name(model)
     return TextSources(pad_id, column) if name == "input_ids" else FeatureSources(name)
+
+
+def check_reads_text(model: Any, takes: str) -> None:
+    """Refuse a model of speech or images where sources are token ids and nothing else.
+
+    Args:
+        model: an encoder-decoder.
+        takes: who takes what, for the message: ``GRPO takes``.
+
+    Raises:
+        UserError: the model's encoder reads something else.
+    """
+    name = source_name(model)
+    if name != "input_ids":
+        problem = f"reads {name}, and {takes} sources of text only"
+        mend = "give a model that reads text, or align this one by DPO or PPO"
+        raise UserError("model", type(unwrap(model)).__name__, problem, mend)
 
 
 @dataclass

@@ -23,7 +23,7 @@ from trl.trainer.utils import RepeatSampler, add_fused_lm_head, split_tensor_dic
 
 from pipelines.errors import UserError
 from pipelines.seq2seq.annotators import Annotator
-from pipelines.seq2seq.collators import SetEpoch, pad_rows
+from pipelines.seq2seq.collators import SetEpoch, check_reads_text, pad_rows
 from pipelines.seq2seq.losses import sequence_sum
 from pipelines.seq2seq.rewards import Rewards
 from pipelines.seq2seq.sampling import GumbelSampler, prompt_keys, sample_completions
@@ -82,7 +82,8 @@ class _Groups(InParts):
         self._rows: list[dict[str, Any]] = []
         self._passes: list[tuple[tuple, Tensor]] = []
         self._unchecked = True
-        silence_dropout(as_view(model))
+        check_reads_text(as_view(model), "GRPO and RLOO take")
+        silence_dropout(model)
         # TRL would load its reference by the checkpoint's name, as a plain class.
         beta, args.beta = args.beta, 0.0
         reference = copy.deepcopy(model) if beta and peft_config is None else None
@@ -364,6 +365,7 @@ class EncoderDecoderGRPOTrainer(_Groups, GRPOTrainer):
         optimizer_choice: class and options of an optimizer other than AdamW.
 
     Raises:
+        UserError: the model is no encoder-decoder that a view can be made of, or reads speech or images.
         ValueError: a micro-batch that would cut a source's samples.
     """
 

@@ -16,13 +16,13 @@ import torch
 from datasets import Dataset, Features, List, Value
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipelines.seq2seq.collators import pad_rows
+from pipelines.seq2seq.collators import check_reads_text, pad_rows
 from pipelines.seq2seq.dpo_trainer import EncoderDecoderDPOTrainer
 from pipelines.seq2seq.losses import plackett_luce_loss, ranking_agreement, sequence_sum
 from pipelines.seq2seq.training import LengthConfig, tokenize_sources, tokenize_targets
-from pipelines.seq2seq.view import decoder_start_id, encode, sequence_log_probs
+from pipelines.seq2seq.view import as_view, decoder_start_id, encode, sequence_log_probs
 
 LIST_COLUMNS = ("prompt_ids", "completion_ids", "ranking", "known")
 """Columns of a tokenized set of lists: ids of the source, K lists of ids, their numbers from best to worst, and how
@@ -74,10 +74,18 @@ class ListCollator:
 
 
 class ListwiseDPOTrainer(EncoderDecoderDPOTrainer):
-    """DPO on ranked lists; arguments as for ``EncoderDecoderDPOTrainer``, sets as ``tokenize_rankings`` makes them."""
+    """DPO on ranked lists; arguments as for ``EncoderDecoderDPOTrainer``, sets as ``tokenize_rankings`` makes them.
+
+    Raises:
+        UserError: as there; also for a model of speech or images, as lists hold their sources as token ids.
+    """
 
     collator_class = ListCollator
     _NO_MODEL_INPUTS = ("completion_mask", "ranking", "known", "ref_logps")
+
+    def __init__(self, model: PreTrainedModel, *arguments: Any, **options: Any):
+        check_reads_text(as_view(model), "listwise DPO takes")
+        super().__init__(model, *arguments, **options)
 
     def _lengths(self, dataset: Dataset) -> list[int]:
         return [

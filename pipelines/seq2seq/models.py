@@ -129,6 +129,25 @@ def _check_kind(config: Any, path: str, field: str) -> None:
         )
 
 
+def check_writes_from_text(config: Any, name: str, field: str) -> None:
+    """Refuse the configuration of an encoder-decoder that transformers does not know as one from text to text.
+
+    Args:
+        config: of the model.
+        name: what the user called it, for the message.
+        field: the configuration field that did.
+
+    Raises:
+        UserError: a model of speech or images, or of a class without a language-model head.
+    """
+    from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        problem = f"{config.model_type} is not a model from text to text"
+        mend = "give one such as T5, BART or Pegasus (Python's DPO and PPO trainers also take speech and images)"
+        raise UserError(field, name, problem, mend)
+
+
 def loading_error(field: str, path: str, kind: str, error: Exception) -> UserError:
     """What to tell when a library could not load the ``kind`` of thing that ``field`` names."""
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -170,7 +189,8 @@ def load_seq2seq(path: str, *, field: str = "model") -> PreTrainedModel:
         field: the configuration field that named it, for the message.
 
     Raises:
-        UserError: missing, without weights, not an encoder-decoder, or not loadable without remote code or pickle.
+        UserError: missing, without weights, not an encoder-decoder from text to text, or not loadable without remote
+            code or pickle.
     """
     import torch
     from transformers import AutoConfig, AutoModelForSeq2SeqLM
@@ -182,6 +202,7 @@ def load_seq2seq(path: str, *, field: str = "model") -> PreTrainedModel:
     except Exception as error:
         raise loading_error(field, path, "model", error) from error
     _check_kind(config, path, field)
+    check_writes_from_text(config, path, field)
     try:
         # safetensors only: a pickle could run code.
         return AutoModelForSeq2SeqLM.from_pretrained(found, dtype=torch.float32, use_safetensors=True)

@@ -21,7 +21,13 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from pipelines.errors import UserError
 from pipelines.seq2seq.collators import pad_rows
 from pipelines.seq2seq.lean import lean_layers
-from pipelines.seq2seq.models import REWARD_MODEL_TYPE, check_reward_model, load_seq2seq, load_tokenizer
+from pipelines.seq2seq.models import (
+    REWARD_MODEL_TYPE,
+    check_reward_model,
+    check_writes_from_text,
+    load_seq2seq,
+    load_tokenizer,
+)
 from pipelines.seq2seq.stacks import (
     Order,
     left_aligned,
@@ -71,7 +77,10 @@ class EncoderDecoderRewardModel(PreTrainedModel):
     """Scores a summary of a document with one number; trained on preferences.
 
     Args:
-        config: its ``backbone`` may be any encoder-decoder configuration.
+        config: its ``backbone`` may be the configuration of any encoder-decoder from text to text.
+
+    Raises:
+        UserError: the backbone is another kind of model, such as one of speech or images.
     """
 
     config_class = EncoderDecoderRewardConfig
@@ -83,6 +92,7 @@ class EncoderDecoderRewardModel(PreTrainedModel):
 
     def __init__(self, config: EncoderDecoderRewardConfig):
         super().__init__(config)
+        check_writes_from_text(config.backbone, type(config.backbone).__name__, "model")
         self.backbone = AutoModel.from_config(config.backbone)
         self.score_head = nn.Linear(states_width(self.backbone.get_decoder()), 1, bias=False)
         self.post_init()

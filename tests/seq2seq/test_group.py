@@ -9,6 +9,7 @@ import torch
 import transformers
 from ppo_environment import VOCABULARY, StopAt, count_w5, make_policy, make_sources, make_tokenizer
 from safetensors.torch import load_file
+from tiny_models import tiny
 from transformers import BartConfig, BartForConditionalGeneration
 from trl import GRPOConfig, RLOOConfig
 
@@ -228,6 +229,14 @@ def test_lora_has_the_model_without_its_adapter_as_reference(tmp_path):
 def test_a_batch_that_cuts_a_sources_samples_is_refused(tmp_path):
     with pytest.raises(ValueError, match="stay together"):
         make_trainer(tmp_path, per_device_train_batch_size=6, steps_per_generation=2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("family", "reads"), [("whisper", "input_features"), ("vision", "pixel_values")])
+def test_a_model_of_speech_or_images_is_refused_in_one_line(tmp_path, kind, family, reads):
+    with pytest.raises(UserError, match=f"^model=[A-Za-z]+: reads {reads}, and GRPO and RLOO take") as caught:
+        make_trainer(tmp_path, kind, policy=tiny(family, vocabulary=VOCABULARY))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_policy_gone_to_nan_is_said_in_one_line(tmp_path):

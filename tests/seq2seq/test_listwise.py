@@ -12,7 +12,9 @@ import transformers
 from datasets import Dataset, DatasetDict, load_from_disk
 from preference_environment import LENGTHS, arguments, same_outcome, stage_settings, t5
 from safetensors.torch import load_file
+from tiny_models import tiny
 
+from pipelines.errors import UserError
 from pipelines.seq2seq.dpo_trainer import EncoderDecoderDPOTrainer
 from pipelines.seq2seq.listwise import ListwiseConfig, listwise
 from pipelines.seq2seq.listwise_trainer import ListwiseDPOTrainer, list_log_probs, tokenize_rankings
@@ -155,6 +157,14 @@ def test_only_the_first_places_are_believed_where_so_many_are_asked_for(rankings
     for row, text in zip(found, texts, strict=True):
         assert row["ranking"][:2] == text["ranking"][:2]
         assert sorted(row["ranking"]) == list(range(len(text["completions"])))
+
+
+@pytest.mark.parametrize(("family", "reads"), [("whisper", "input_features"), ("vision", "pixel_values")])
+def test_a_model_of_speech_or_images_is_refused_in_one_line(lists, tokenizer, tmp_path, family, reads):
+    model = tiny(family, vocabulary=len(tokenizer))
+    with pytest.raises(UserError, match=f"^model=[A-Za-z]+: reads {reads}, and listwise DPO takes") as caught:
+        ListwiseDPOTrainer(model, arguments(tmp_path), lists, tokenizer, LENGTHS)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_stage_learns_the_order(trained):

@@ -15,7 +15,12 @@ from pipelines.errors import UserError
 from pipelines.seq2seq.collators import GroupedByLength, LengthGroupedSampler, PairCollator, pad_rows, tokenize_pairs
 from pipelines.seq2seq.metrics import wilson_interval
 from pipelines.seq2seq.reward import RewardConfig, reward
-from pipelines.seq2seq.reward_model import EncoderDecoderRewardModel, RewardScorer, load_reward_model
+from pipelines.seq2seq.reward_model import (
+    EncoderDecoderRewardConfig,
+    EncoderDecoderRewardModel,
+    RewardScorer,
+    load_reward_model,
+)
 from pipelines.seq2seq.reward_trainer import RewardTrainer, calibration
 from pipelines.seq2seq.training import LengthConfig, last_checkpoint
 
@@ -247,6 +252,21 @@ def test_centring_keeps_scores_near_zero(tiny_t5, pairs, tmp_path):
         history = json.loads((tmp_path / str(centre) / "log_history.json").read_text())
         means.append(abs([entry["eval_score"] for entry in history if "eval_score" in entry][-1]))
     assert means[1] < 0.5 * means[0]
+
+
+@pytest.mark.parametrize(("family", "kind"), [("whisper", "whisper"), ("vision", "vision-encoder-decoder")])
+def test_a_model_of_speech_or_images_is_refused_in_one_line(family, kind, tmp_path):
+    """As a checkpoint to start from, and as the backbone of a configuration made by hand."""
+    model = tiny(family)
+    model.save_pretrained(tmp_path)
+    by_hand = EncoderDecoderRewardConfig(backbone=model.config, decoder_start_token_id=3)
+    for make in (
+        lambda: EncoderDecoderRewardModel.from_seq2seq(str(tmp_path), LengthConfig()),
+        lambda: EncoderDecoderRewardModel(by_hand),
+    ):
+        with pytest.raises(UserError, match=f"^model=.+: {kind} is not a model from text to text; give one") as caught:
+            make()
+        assert "\n" not in str(caught.value)
 
 
 def test_calibration_of_a_sure_and_of_a_random_judge():
