@@ -20,7 +20,9 @@ from tests.images.conftest import check_resumes, check_two_processes
 
 SMALL = ["channels=[8, 16]", "timesteps=6", "max_train=128", "max_test=40", "report_to=none"]
 STEPS = ["max_steps=6", "save_steps=2", "logging_steps=1"]
-GENTLE = "learning_rate=1e-4"  # Adam makes steps as large as the rate of gradients that are 0 but for rounding
+# Two channels and more in each group of a normalization: of single ones it takes out again what biases add, and of
+# gradients that are 0 but for rounding Adam makes steps as large as the rate.
+USUAL = ["channels=[16, 32]", "learning_rate=0.002"]
 
 
 class Shape:
@@ -137,8 +139,8 @@ def test_killed_and_resumed_it_ends_the_same(stages, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(stages, tmp_path):
-    words = [*SMALL, *STEPS, "eval_batch_size=15", "eval_steps=3", "bound_stages=2", GENTLE]
-    check_two_processes(stages, tmp_path, "images/bitflip", words, batch_size=16)
+    words = [*SMALL, *STEPS, "eval_batch_size=15", "eval_steps=3", "bound_stages=2", *USUAL]
+    check_two_processes(stages, tmp_path, "images/bitflip", words, batch_size=16, tolerance=3e-5)
 
 
 @pytest.mark.parametrize(

@@ -91,8 +91,12 @@ def test_a_killed_run_goes_on_exactly(stages, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(stages, tmp_path):
+@pytest.mark.parametrize(
+    "discriminator", [[], ["spectral_norm=true", "discriminator_learning_rate=0.002"]], ids=["plain", "spectral norm"]
+)
+def test_two_processes_do_what_one_does(stages, tmp_path, discriminator):
     words = [*SMALL, "max_steps=6", "save_steps=3", "logging_steps=1", "sample_steps=3", "r1=0.5", "ema_decay=0.9"]
+    words += discriminator
     one, _ = check_two_processes(stages, tmp_path, "images/gan", words, batch_size=32)
     history = json.loads((one / "log_history.json").read_text())
     assert history[0]["gradient_norm_nonsaturating"] != history[-1]["gradient_norm_nonsaturating"]
