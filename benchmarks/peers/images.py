@@ -51,8 +51,8 @@ def project(job: dict, turns: workload.Turns) -> int:
 
         entries = 0
 
-        def _write_log(self, sums):
-            super()._write_log(sums)
+        def _write_log(self):
+            super()._write_log()
             self.entries += 1
             turns.wait("steps" if self.entries > 1 else "first")
 

@@ -54,7 +54,10 @@ class BitFlipConfig(UNetFields, DiffusionTraining):
     )
     cross_entropy_weight: float = Field(1.0, gt=0, description="loss=both: weight of the cross-entropy")
     bound_stages: int | None = Field(
-        10, ge=1, description="stages drawn for a test image to estimate its bound without bias; null sums over all"
+        10,
+        ge=1,
+        description="stages drawn for a test image to estimate its bound without bias (bound_monte_carlo_error says "
+        "what that costs); null sums over all",
     )
     inference_steps: int | None = Field(
         None, ge=1, description="steps of sampling, at most timesteps; null takes one a stage"
@@ -105,7 +108,8 @@ def bitflip(config: BitFlipConfig) -> dict[str, float]:
     Returns:
         ``bitflip/bound`` (nats an image; at least the negative log-likelihood), ``bitflip/bits_per_pixel``, its terms
         ``bitflip/prior_kl``, ``bitflip/transitions`` and ``bitflip/reconstruction``, each with standard error and
-        interval; and what ``run_method`` counts.
+        interval over test images; ``bitflip/bound_monte_carlo_error``, the bound's standard error as an estimate for
+        these images; and what ``run_method`` counts.
 
     Raises:
         UserError: see ``run_method``; images whose side the network cannot halve.

@@ -63,8 +63,9 @@ def variational_bound(
     """An unbiased estimate of the bound on −log p(x) of each image, one draw of Y_t a stage.
 
     The term of t = 1 is always there. Of those of t = 2 … T, all are summed, or ``stages`` of them, one drawn from each
-    of as many equal parts of 2 … T, and weighted up. The estimates of different images are independent, so their mean
-    has the standard error of a mean.
+    of as many equal parts of 2 … T, and weighted up. The estimates of different images are independent given the
+    images. One estimate does not show its own variance (a part has but one draw, and parts differ); two do, see
+    ``evaluation.monte_carlo_errors``.
 
     Args:
         predict: (Y_t, t) -> the network's output, for t of shape (B,).

@@ -34,6 +34,7 @@ class BitFlipMethod:
     name = "bitflip"
     phases = ("unet",)
     averaged = ("unet",)
+    estimated = ("bound",)
 
     def __init__(self, config: BitFlipConfig, images: ImageSet):
         channels, side, _ = images.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipelines.stage import write_json
+from pipelines.training import checkpoint_folder, mark_whole
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from diffusers.training_utils import EMAModel
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
+
+
+_KEPT = 2  # checkpoints: were the newest torn, there would be one
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,26 @@ class Trained:
     schedulers: dict[str, LRScheduler]
     averages: dict[str, EMAModel]
     scaler: torch.amp.GradScaler | None
+
+
+def save_state(root: Path, trained: Trained, plain: dict[str, Any], accelerator: Accelerator) -> None:
+    """Write a checkpoint, mark it as whole once it is, and remove those before the last two.
+
+    Args:
+        root: folder of the run's checkpoints.
+        trained: what training changes.
+        plain: ``step`` and further values that JSON can hold.
+        accelerator: all processes come here; the main one writes.
+    """
+    folder = checkpoint_folder(root, plain["step"])
+    if accelerator.is_main_process:
+        write_state(folder, trained, plain)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        mark_whole(folder)
+        whole = sorted(root.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+        for old in whole[:-_KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def write_state(folder: Path, trained: Trained, plain: dict[str, Any]) -> None:

@@ -98,6 +98,7 @@ class ClassifierMethod:
     name = "classifier"
     phases = ("classifier",)
     averaged = ("classifier",)
+    estimated = ()
 
     def __init__(self, config: ClassifierConfig, images: ImageSet):
         labelled = len(images.classes) > 1

@@ -53,6 +53,7 @@ class DDPMMethod:
     name = "ddpm"
     phases = ("unet",)
     averaged = ("unet",)
+    estimated = ()
 
     def __init__(self, config: DDPMConfig, images: ImageSet):
         channels, side, _ = images.shape

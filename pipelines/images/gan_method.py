@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipelines.errors import UserError
 from pipelines.images.gan_losses import discriminator_loss, generator_gradients, generator_loss, r1_penalty
-from pipelines.images.gan_networks import GANDiscriminator, GANGenerator, processes
+from pipelines.images.gan_networks import GANDiscriminator, GANGenerator
 from pipelines.images.gan_pipeline import GANPipeline
 from pipelines.images.training import adam
 
@@ -36,6 +36,7 @@ class GANMethod:
     name = "gan"
     phases = ("discriminator", "generator")
     averaged = ("generator",)
+    estimated = ()
 
     def __init__(self, config: GANConfig, images: ImageSet):
         channels, side, _ = images.shape
@@ -60,7 +61,7 @@ class GANMethod:
         }
 
     def loss(self, phase: str, batch: Batch, draws: Draws, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """See ``Method.loss``. Logged: the discriminator's mean probabilities, the penalty, gradient norms."""
+        """See ``Method.loss``. Logged: the discriminator's mean probabilities, the penalty, norms of gradients."""
         generator, discriminator = self.parts["generator"], self.parts["discriminator"]
         noise = draws.normal(self.config.latent_dim)
         if phase == "discriminator":
@@ -71,10 +72,8 @@ class GANMethod:
         loss = generator_loss(logits, self.config.loss)
         logged = {}
         if self.config.gradient_norms:
-            for kind, gradient in generator_gradients(logits, generator.parameters()).items():
-                if processes() > 1:  # the norm of the mean over the whole batch, not the mean of the parts' norms
-                    torch.distributed.all_reduce(gradient)
-                logged[f"gradient_norm_{kind}"] = gradient.norm() / processes()
+            found = generator_gradients(logits, generator.parameters())
+            logged = {f"gradient_norm_{kind}": gradient for kind, gradient in found.items()}
         return loss, logged
 
     def _discriminator_loss(self, discriminator: nn.Module, real: Tensor, fake: Tensor) -> tuple[Tensor, dict]:

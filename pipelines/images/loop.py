@@ -8,48 +8,30 @@ Gradients are averaged by hand instead of by ``DistributedDataParallel``: a meth
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
-from pipelines.images.checkpoints import Trained, read_state, write_state
+from pipelines.images.averages import Averages
+from pipelines.images.checkpoints import Trained, read_state, save_state
 from pipelines.images.data import Images
+from pipelines.images.evaluation import measure
 from pipelines.images.method import Batch, Draws, Method
 from pipelines.images.pictures import save_grid
+from pipelines.images.seeds import NOISE, ORDER, PIXELS, SAMPLES, seed_dropout, seeded
+from pipelines.images.training_log import Clock, TrainingLog
 from pipelines.precision import choose_precision
 from pipelines.stage import CHECKPOINTS
-from pipelines.tracking import LOGS, PROJECT, named, run_name
-from pipelines.training import check_finite, checkpoint_folder, clean_history, last_checkpoint, mark_whole
+from pipelines.training import clean_history, last_checkpoint
 
 if TYPE_CHECKING:
     from pipelines.images.training import ImageTrainingConfig
-
-ORDER, PIXELS, NOISE, DROPOUT, SAMPLES, TEST_PIXELS, TEST_NOISE = range(7)
-"""What random numbers are for: the second of the keys of ``seeded``."""
-CLOCKS = ("train_runtime", "train_cpu_runtime")
-"""Entries of the log: seconds of training by the clock and by the processor."""
-
-
-def seeded(seed: int, *keys: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator that is a function of the seed and the keys (any number of non-negative integers)."""
-    return torch.Generator(device).manual_seed(_mixed(seed, *keys))
-
-
-def _mixed(seed: int, *keys: int) -> int:
-    # numpy takes trailing zeros for nothing: the number of keys tells (1,) from (1, 0)
-    return int(np.random.SeedSequence([seed, len(keys), *keys]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def new_accelerator(config: ImageTrainingConfig) -> Accelerator:
@@ -61,29 +43,6 @@ def new_accelerator(config: ImageTrainingConfig) -> Accelerator:
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=config.output_dir,
     )
-
-
-class Clock:
-    """Time that training took, from ``start`` to ``stop``, by the clock and by the processor (of all threads).
-
-    Args:
-        train_runtime: seconds by the clock, so far.
-        train_cpu_runtime: seconds of processor time of this process, so far.
-    """
-
-    def __init__(self, train_runtime: float = 0.0, train_cpu_runtime: float = 0.0):
-        self._sums = [train_runtime, train_cpu_runtime]
-
-    def start(self) -> None:
-        self._since = [time.monotonic(), time.process_time()]
-
-    def stop(self) -> None:
-        now = [time.monotonic(), time.process_time()]
-        self._sums = [total + end - begin for total, end, begin in zip(self._sums, now, self._since, strict=True)]
-
-    def read(self) -> dict[str, float]:
-        """The two sums by name; what ran since the last ``start`` is not in them."""
-        return {name: round(value, 3) for name, value in zip(CLOCKS, self._sums, strict=True)}
 
 
 class Loop:
@@ -122,12 +81,11 @@ class Loop:
             phase: get_scheduler(config.lr_scheduler, getattr(optimizer, "optimizer", optimizer), warmup, steps)
             for phase, optimizer in self.optimizers.items()
         }
-        self.averages = {
-            name: EMAModel(method.parts[name].parameters(), decay=config.ema_decay, foreach=True)
-            for name in (method.averaged if config.ema_decay else ())
-        }
-        self._trained = Trained(method.parts, self.optimizers, self.schedulers, self.averages, accelerator.scaler)
-        self.step, self.log, self._clock = 0, [], Clock()
+        self.averages = Averages(method.parts, method.averaged if config.ema_decay else (), config.ema_decay)
+        self._trained = Trained(
+            method.parts, self.optimizers, self.schedulers, self.averages.models, accelerator.scaler
+        )
+        self.step, self.log = 0, TrainingLog(config, accelerator, self.steps_per_epoch)
         self._order: tuple[int, Tensor] | None = None
 
     # ---------------------------------------------------------------------------------------------------------- batches
@@ -173,9 +131,8 @@ class Loop:
             nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
         optimizer.step()
         self.schedulers[phase].step()
-        if phase in self.averages:
-            self.averages[phase].step(self.method.parts[phase].parameters())
-        return sums
+        self.averages.step(phase)
+        return {key: self._norm(value) if value.ndim else value for key, value in sums.items()}
 
     def _share_gradients(self, parameters: list[Tensor]) -> None:
         if self.accelerator.num_processes == 1:
@@ -183,6 +140,10 @@ class Loop:
         flat = self.accelerator.reduce(torch.cat([p.grad.flatten() for p in parameters]), "mean")
         for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad.copy_(gradient.view_as(parameter.grad))
+
+    def _norm(self, vector: Tensor) -> Tensor:
+        """The norm of a vector of the whole step: the mean comes first, over parts of a batch and over processes."""
+        return (self.accelerator.reduce(vector, "mean") if self.accelerator.num_processes > 1 else vector).norm()
 
     def run(self) -> list[dict[str, Any]]:
         """Train to the end and leave the averaged weights, where there are any, in the parts.
@@ -196,161 +157,71 @@ class Loop:
             UserError: a loss that is not finite; a checkpoint that cannot be gone on from.
         """
         self._resume()
-        main = self.accelerator.is_main_process
-        if self.config.report_to != "none":
-            name = LOGS if self.config.report_to == "tensorboard" else PROJECT
-            given = {self.config.report_to: {"name": run_name(self.config.output_dir)}}
-            self.accelerator.init_trackers(name, init_kwargs={} if name == LOGS else given)
-        sums: dict[str, Tensor] = {}
+        self.log.open()
         self._train_mode(True)
-        self._clock.start()
-        for _ in tqdm(range(self.step, self.steps), initial=self.step, total=self.steps, disable=not main):
-            self._seed_dropout()
+        self.log.clock.start()
+        shown = self.accelerator.is_main_process
+        for _ in tqdm(range(self.step, self.steps), initial=self.step, total=self.steps, disable=not shown):
+            seed_dropout(self.config.seed, self.step, self.accelerator.process_index, device=self.device)
             batches = self._batches()
             for number in range(len(self.method.phases)):
-                for key, value in self._phase(number, batches).items():
-                    sums[key] = sums.get(key, 0.0) + value
+                self.log.add(self._phase(number, batches))
             self.step += 1
             last = self.step == self.steps
             if self.step % self.config.logging_steps == 0 or last:
-                self._clock.stop()
-                self._write_log(sums)
-                sums = {}
-                self._clock.start()
+                self.log.clock.stop()
+                self._write_log()
+                self.log.clock.start()
             watch = [every and self.step % every == 0 for every in (self.config.sample_steps, self.config.eval_steps)]
             save = self.step % self.config.save_steps == 0 or last
             if save or any(watch):
-                self._clock.stop()
+                self.log.clock.stop()
                 self._watch(*watch)
                 if save:
                     self._save()
-                self._clock.start()
-        if self.config.report_to != "none":
-            self.accelerator.end_training()
-        for name, average in self.averages.items():
-            average.copy_to(self.method.parts[name].parameters())
+                self.log.clock.start()
+        self.log.close()
+        self.averages.copy_to_parts()
         self._train_mode(False)
         for part in self.method.parts.values():
             part.requires_grad_(True)
-        return clean_history(self.log)
-
-    def _seed_dropout(self) -> None:
-        """Seed torch's global generators (``torch.manual_seed`` takes a millisecond for devices there are not)."""
-        seed = _mixed(self.config.seed, DROPOUT, self.step, self.accelerator.process_index)
-        torch.default_generator.manual_seed(seed)
-        if self.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
+        return clean_history(self.log.entries)
 
     def _train_mode(self, on: bool) -> None:
         for part in self.method.parts.values():
             part.train(on)
 
-    def _write_log(self, sums: dict[str, Tensor]) -> None:
-        count = (self.step - 1) % self.config.logging_steps + 1
-        values = torch.stack([torch.as_tensor(value, device=self.device) for value in sums.values()]) / count
-        if self.accelerator.num_processes > 1:
-            values = self.accelerator.reduce(values, "mean")
-        entry = dict(zip(sums, values.tolist(), strict=True))
-        for name, value in entry.items():
-            if name.endswith("loss"):
-                check_finite(value, name, self.step, self.config.learning_rate)
-        rates = {
-            "learning_rate" if len(self.schedulers) == 1 else f"{phase}_learning_rate": scheduler.get_last_lr()[0]
-            for phase, scheduler in self.schedulers.items()
-        }
-        self._note(entry | rates)
-
-    def _note(self, entry: dict[str, float]) -> None:
-        place = {"step": self.step, "epoch": round(self.step / self.steps_per_epoch, 4)}
-        self.log.append(entry | place | self._clock.read())
-        if self.config.report_to != "none":
-            counted = {"epoch": place["epoch"]} | (
-                {} if self.config.report_to == "tensorboard" else {"global_step": self.step}
-            )
-            self.accelerator.log(named(entry | counted), step=self.step)
+    def _write_log(self) -> None:
+        rates = {phase: scheduler.get_last_lr()[0] for phase, scheduler in self.schedulers.items()}
+        names = ["learning_rate"] if len(rates) == 1 else [f"{phase}_learning_rate" for phase in rates]
+        self.log.write(self.step, dict(zip(names, rates.values(), strict=True)))
 
     # -------------------------------------------------------------------------------------------- pictures and measures
-
-    @contextlib.contextmanager
-    def _as_sampled(self) -> Iterator[None]:
-        """The parts as they are sampled from: averaged weights, evaluation mode."""
-        for name, average in self.averages.items():
-            average.store(self.method.parts[name].parameters())
-            average.copy_to(self.method.parts[name].parameters())
-        self._train_mode(False)
-        try:
-            yield
-        finally:
-            for name, average in self.averages.items():
-                average.restore(self.method.parts[name].parameters())
-            self._train_mode(True)
 
     def _watch(self, sample: bool, evaluate: bool) -> None:
         if not (sample or evaluate):
             return
-        with self._as_sampled():
+        self._train_mode(False)
+        with self.averages.in_parts():
             if evaluate:
                 found = measure(self.method, self.test, self.config, self.accelerator)
-                self._note({f"eval_{name}": float(values.mean()) for name, values in found.items()})
+                self.log.note(self.step, {f"eval_{name}": float(values.mean()) for name, values in found.items()})
             if sample and self.accelerator.is_main_process:
                 # The same noise every time: the pictures show one set of samples as it takes shape.
                 generator = seeded(self.config.seed, SAMPLES, device=self.device)
                 images = self.method.sample(50, generator).reshape(5, 10, *self.images.images.shape[1:])
                 save_grid(images, Path(self.config.output_dir) / "samples" / f"step-{self.step:07d}.png")
+        self._train_mode(True)
         self.accelerator.wait_for_everyone()
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
     def _save(self) -> None:
-        folder = checkpoint_folder(Path(self.config.output_dir) / CHECKPOINTS, self.step)
-        if self.accelerator.is_main_process:
-            plain = {"step": self.step, "clock": self._clock.read(), "log": self.log}
-            write_state(folder, self._trained, plain)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            mark_whole(folder)
-            whole = sorted(folder.parent.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-            for old in whole[:-2]:
-                shutil.rmtree(old, ignore_errors=True)
+        plain = {"step": self.step, "clock": self.log.clock.read(), "log": self.log.entries}
+        save_state(Path(self.config.output_dir) / CHECKPOINTS, self._trained, plain, self.accelerator)
 
     def _resume(self) -> None:
         checkpoint = last_checkpoint(self.config)
         if checkpoint is not None:
             plain = read_state(Path(checkpoint), self._trained)
-            self.step, self.log, self._clock = plain["step"], plain["log"], Clock(**plain["clock"])
-
-
-@torch.no_grad()
-def measure(
-    method: Method, images: Images, config: ImageTrainingConfig, accelerator: Accelerator
-) -> dict[str, np.ndarray]:
-    """What ``method.evaluate`` says of each image, the work shared out over the processes.
-
-    Pixels and noise of an image are functions of the seed, its place and ``eval_batch_size``, not of the processes.
-
-    Args:
-        method: its parts in evaluation mode.
-        images: on the accelerator's device.
-        config: binarization, ``eval_batch_size``, precision.
-        accelerator: of the stage.
-
-    Returns:
-        measure -> (N,), float64. Empty where the method has no such measures.
-    """
-    size, found = config.eval_batch_size, {}
-    world, rank = accelerator.num_processes, accelerator.process_index
-    starts = range(0, len(images), size)
-    # A process without a block of its own still has to know the measures' names: it does the first once more.
-    for number in list(range(len(starts)))[rank::world] or [0]:
-        rows = slice(starts[number], min(starts[number] + size, len(images)))
-        pixels = Draws(seeded(config.seed, TEST_PIXELS, number, device=accelerator.device), rows.stop - rows.start)
-        noise = Draws(seeded(config.seed, TEST_NOISE, number, device=accelerator.device), rows.stop - rows.start)
-        with accelerator.autocast():
-            values = method.evaluate(images.batch(rows, pixels, config), noise)
-        for name, value in values.items():
-            whole = found.setdefault(name, torch.zeros(len(images), dtype=torch.float64, device=accelerator.device))
-            if number % world == rank:
-                whole[rows] = value.double()
-    if world > 1:
-        found = {name: accelerator.reduce(values, "sum") for name, values in found.items()}
-    return {name: values.cpu().numpy() for name, values in found.items()}
+            self.step, self.log.entries, self.log.clock = plain["step"], plain["log"], Clock(**plain["clock"])

@@ -19,7 +19,6 @@ from tqdm.auto import tqdm
 from pipelines.errors import UserError
 from pipelines.images.classifier_network import ImageClassifier
 from pipelines.images.data import Images, ImageSet, load_images
-from pipelines.images.loop import SAMPLES, TEST_PIXELS, seeded
 from pipelines.images.measure import TRAINING, MeasureConfig, stage_config
 from pipelines.images.measure_math import (
     class_coverage,
@@ -33,6 +32,7 @@ from pipelines.images.measure_pictures import IN_STEPS, draw, save_animation
 from pipelines.images.method import Draws
 from pipelines.images.pictures import save_grid
 from pipelines.images.saved import family_of, load_pipeline
+from pipelines.images.seeds import SAMPLES, TEST_PIXELS, seeded
 from pipelines.images.training import SAMPLE_GRID
 from pipelines.precision import choose_precision
 from pipelines.seq2seq.metrics import with_interval

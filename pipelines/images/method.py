@@ -80,12 +80,14 @@ class Method(Protocol):
             several phases (a GAN), each phase sees the whole batch and the weights that the phases before it left; the
             parts of the other phases take no gradient meanwhile.
         averaged: names of the parts of which an exponential moving average is kept (if the configuration asks for one).
+        estimated: measures of ``evaluate`` that are estimates by random draws and whose Monte Carlo error is reported.
     """
 
     name: str
     parts: dict[str, nn.Module]
     phases: tuple[str, ...]
     averaged: tuple[str, ...]
+    estimated: tuple[str, ...]
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Phase -> an optimizer of that part's parameters (``training.adam`` makes the usual one)."""
@@ -100,7 +102,8 @@ class Method(Protocol):
             step: optimizer steps done before this one.
 
         Returns:
-            A scalar, and scalars to log (detached; means over the rows; the same names every time).
+            A scalar, and what to log (detached; means over the rows; the same names every time): scalars, or vectors
+            whose norm is logged once the mean over all rows of the step is taken.
         """
 
     def sample(self, count: int, generator: torch.Generator, labels: Tensor | None = None) -> Tensor:

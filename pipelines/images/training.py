@@ -109,8 +109,9 @@ def run_method(
 
     Returns:
         ``NAME/MEASURE`` for each measure of ``method.evaluate``: mean over the test set, with ``_se`` (standard error)
-        and a bootstrap interval; ``NAME/train_loss`` (mean over the last logged steps; of several phases
-        ``NAME/train_PHASE_loss``), ``NAME/steps``, ``NAME/train_examples``, ``NAME/test_examples`` and
+        over the images) and a bootstrap interval; ``NAME/MEASURE_monte_carlo_error`` for those that are estimates (the
+        standard error of the mean over these very images); ``NAME/train_loss`` (mean over the last logged steps; of
+        several phases ``NAME/train_PHASE_loss``), ``NAME/steps``, ``NAME/train_examples``, ``NAME/test_examples`` and
         ``NAME/parameters``.
 
     Raises:
@@ -119,7 +120,8 @@ def run_method(
     import torch
 
     from pipelines.images.data import load_images
-    from pipelines.images.loop import Loop, measure, new_accelerator
+    from pipelines.images.evaluation import measure, monte_carlo_errors
+    from pipelines.images.loop import Loop, new_accelerator
     from pipelines.images.saved import load_parts
 
     accelerator = new_accelerator(config)
@@ -135,6 +137,7 @@ def run_method(
     history = loop.run()
     test = images.test.to(accelerator.device)
     measures = measure(method, test, config, accelerator)
+    errors = monte_carlo_errors(method, test, config, accelerator, measures)
     if accelerator.is_main_process:
         with torch.no_grad(), accelerator.autocast():
             (save or _save)(loop, history, shown_images(test, config), len(images.classes))
@@ -146,6 +149,7 @@ def run_method(
     ]
     losses = [entry for entry in trained if entry][-1]
     found = {f"train_{name}": value for name, value in losses.items()} | {k: float(v) for k, v in counts.items()}
+    found |= {f"{name}_monte_carlo_error": value for name, value in errors.items()}
     return {f"{method.name}/{name}": value for name, value in found.items()} | _means(method.name, measures)
 
 
@@ -161,8 +165,8 @@ def steps_of(config: ImageTrainingConfig, examples: int) -> int:
 
 def shown_images(test: Images, config: ImageTrainingConfig) -> Batch:
     """The held-out images that pictures are made of, on the device of ``test``."""
-    from pipelines.images.loop import TEST_PIXELS, seeded
     from pipelines.images.method import Draws
+    from pipelines.images.seeds import TEST_PIXELS, seeded
 
     count = min(len(test), SAMPLE_GRID[1])
     draws = Draws(seeded(config.seed, TEST_PIXELS, device=test.images.device), count)
@@ -172,13 +176,14 @@ def shown_images(test: Images, config: ImageTrainingConfig) -> Batch:
 def _save(loop: Loop, history: list[dict[str, Any]], shown: Batch, classes: int) -> None:
     import torch
 
-    from pipelines.images.loop import CLOCKS, SAMPLES, seeded
     from pipelines.images.pictures import save_grid
+    from pipelines.images.seeds import SAMPLES, seeded
+    from pipelines.images.training_log import CLOCKS
     from pipelines.stage import write_json
 
     method, folder = loop.method, Path(loop.config.output_dir)
     write_history(history, folder)
-    write_json(folder / "timing.json", [{key: entry[key] for key in ("step", *CLOCKS)} for entry in loop.log])
+    write_json(folder / "timing.json", [{key: entry[key] for key in ("step", *CLOCKS)} for entry in loop.log.entries])
     rows, columns = SAMPLE_GRID
     labels = torch.arange(rows, device=loop.device).repeat_interleave(columns) % classes  # a class a row
     generator = seeded(loop.config.seed, SAMPLES, 1, device=loop.device)

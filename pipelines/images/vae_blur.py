@@ -120,7 +120,8 @@ def _one(
     """Train one autoencoder, or go on training it; its measures, and its reconstructions of ``shown``."""
     import torch
 
-    from pipelines.images.loop import Loop, measure, new_accelerator
+    from pipelines.images.evaluation import measure
+    from pipelines.images.loop import Loop, new_accelerator
     from pipelines.images.training import steps_of
     from pipelines.images.vae_method import SharpnessMethod
 

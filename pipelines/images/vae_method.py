@@ -43,6 +43,7 @@ class VAEMethod:
     name = "vae"
     phases = ("vae",)
     averaged = ("vae",)
+    estimated = ()
 
     def __init__(self, config: VAEConfig, images: ImageSet):
         channels, side, _ = images.shape

@@ -343,8 +343,8 @@ def _trained_generation(
     from pipelines.config import validate
     from pipelines.images.bitflip import BitFlipConfig
     from pipelines.images.data import load_images
-    from pipelines.images.loop import seeded
     from pipelines.images.method import Draws
+    from pipelines.images.seeds import seeded
     from pipelines.images.unet import strip
     from pipelines.problems.pictures import grid_png
 

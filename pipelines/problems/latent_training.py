@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pipelines.images.loop import Loop, measure, new_accelerator
+from pipelines.images.evaluation import measure
+from pipelines.images.loop import Loop, new_accelerator
 from pipelines.images.training import steps_of
 from pipelines.images.vae_math import sharpness
 from pipelines.images.vae_method import SharpnessMethod

@@ -88,8 +88,8 @@ def latent_variables(config: LatentVariablesConfig) -> dict[str, float]:
 
 def _batch(part: Any, fields: VAEConfig) -> Tensor:
     """Images of one split as the model sees them, (N, C, H, W)."""
-    from pipelines.images.loop import TEST_PIXELS, seeded
     from pipelines.images.method import Draws
+    from pipelines.images.seeds import TEST_PIXELS, seeded
 
     return part.batch(slice(None), Draws(seeded(fields.seed, TEST_PIXELS), len(part)), fields).images
 
@@ -97,7 +97,7 @@ def _batch(part: Any, fields: VAEConfig) -> Tensor:
 def _normal(config: LatentVariablesConfig, number: int, *shape: int) -> Tensor:
     import torch
 
-    from pipelines.images.loop import seeded
+    from pipelines.images.seeds import seeded
 
     return torch.randn(*shape, generator=seeded(config.seed, number), dtype=torch.float64)
 

@@ -90,6 +90,7 @@ MEASURES: dict[str, Measure] = {
     "nearest_ratio": Measure("Distance to the nearest training image (held-out images: 1)", digits=2),
     "copies": _percent("Copies"),
     "bound": Measure("Bound", "nats", digits=2),
+    "bound_monte_carlo_error": Measure("Bound, Monte Carlo error", "nats", digits=3),
     "negative_elbo": Measure("Negative ELBO", "nats", digits=2),
     "importance_weighted": Measure("Importance-weighted bound", "nats", digits=2),
     "reconstruction": Measure("Reconstruction", "nats", digits=2),

@@ -3,11 +3,18 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from pipelines.config import validate
+from pipelines.images.bitflip import BitFlipConfig
 from pipelines.images.bitflip_bound import variational_bound
 from pipelines.images.bitflip_scheduler import BitFlipScheduler
+from pipelines.images.data import Images
+from pipelines.images.evaluation import measure, monte_carlo_errors
+from pipelines.images.loop import new_accelerator
+from pipelines.images.seeds import TEST_NOISE_AGAIN
 from tests.images.bitflip_toy import all_images, exact_bound, exact_logits, reverse_chain
 
 PREDICTIONS = ["original", "previous"]
@@ -108,6 +115,75 @@ def test_estimated_bound_is_unbiased(prediction, stages):
     assert (found.mean(0) - exact).abs().max() < 4.5 * found.std() / math.sqrt(2000)
     if stages == 1:
         assert found.std(0).min() > 0.1  # drawing one stage of seven is noisy
+
+
+class Toy:
+    """A method whose network is a table: what it says of each of the eight images at each stage."""
+
+    name, estimated = "toy", ("bound",)
+
+    def __init__(self, stages):
+        generator = torch.Generator().manual_seed(2)
+        self.scheduler, self.stages = BitFlipScheduler(8), stages
+        self.table = torch.randn(8, 8, 1, 1, 3, generator=generator, dtype=torch.float64)
+
+    def predict(self, noisy, t):
+        return self.table[t - 1, ((noisy > 0) * torch.tensor([4, 2, 1])).sum((1, 2, 3))]
+
+    def evaluate(self, batch, draws):
+        found = variational_bound(self.predict, batch.images * 2 - 1, self.scheduler, draws.uniform, self.stages)
+        return {"bound": found.total}
+
+
+def toy_config(tmp_path, **values):
+    plain = {"precision": "fp32", "report_to": "none", "output_dir": str(tmp_path), "eval_batch_size": 100}
+    return validate(BitFlipConfig, plain | {"binarize": "threshold"} | values)
+
+
+@pytest.mark.parametrize("stages", [None, 1, 3])
+def test_monte_carlo_error_is_the_spread_of_the_estimate_over_repeated_draws(tmp_path, stages):
+    """Over the draws of stages and noise, the images staying the same."""
+    chosen = torch.randint(0, 8, (300,), generator=torch.Generator().manual_seed(5))
+    pixels = ((all_images(3)[chosen] > 0) * 255).to(torch.uint8)[:, None, None]
+    images, method = Images(pixels, torch.zeros(300, dtype=torch.int64)), Toy(stages)
+    means, errors, over_images, accelerator = [], [], [], new_accelerator(toy_config(tmp_path))
+    for seed in range(120):
+        config = toy_config(tmp_path, seed=seed)
+        found = measure(method, images, config, accelerator)
+        means.append(found["bound"].mean())
+        over_images.append(found["bound"].var(ddof=1) / 300)
+        errors.append(monte_carlo_errors(method, images, config, accelerator, found)["bound"])
+    spread = np.std(means, ddof=1)
+    assert np.mean(errors) == pytest.approx(spread, rel=4 / math.sqrt(2 * 120))
+    assert np.std(errors) < 0.2 * np.mean(errors)
+    exact = exact_bound(method.scheduler, [stage[:, 0, 0] for stage in method.table])[chosen]
+    assert np.mean(means) == pytest.approx(float(exact.mean()), abs=4 * spread / math.sqrt(120))
+    # the error over images is larger: it is of which images they are and of the draws together
+    assert np.mean(over_images) == pytest.approx(np.mean(np.square(errors)) + float(exact.var()) / 300, rel=0.1)
+
+
+def test_a_tenth_of_a_large_set_is_drawn_twice(tmp_path):
+    seen = []
+
+    class Counting(Toy):
+        def evaluate(self, batch, draws):
+            seen.append(len(batch))
+            return super().evaluate(batch, draws)
+
+    images = Images(torch.zeros(10_050, 1, 1, 3, dtype=torch.uint8), torch.zeros(10_050, dtype=torch.int64))
+    config, method = toy_config(tmp_path), Counting(1)
+    accelerator = new_accelerator(config)
+    found = measure(method, images, config, accelerator)
+    assert (len(seen), sum(seen)) == (101, 10_050)
+    seen.clear()
+    few = monte_carlo_errors(method, images, config, accelerator, found)["bound"]
+    assert (len(seen), sum(seen)) == (11, 1050)
+    again = measure(method, images, config, accelerator, noise=TEST_NOISE_AGAIN)
+    assert np.isfinite(again["bound"]).all()
+    every = math.sqrt(((found["bound"] - again["bound"]) ** 2).mean() / 2 / 10_050)
+    assert few == pytest.approx(every, rel=0.15)
+    method.estimated = ()
+    assert monte_carlo_errors(method, images, config, accelerator, found) == {}
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 6])

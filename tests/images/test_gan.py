@@ -7,9 +7,11 @@ import torch
 
 from pipelines.config import validate
 from pipelines.errors import UserError
+from pipelines.images.data import Images
 from pipelines.images.gan import GANConfig
 from pipelines.images.gan_method import GANMethod
 from pipelines.images.gan_pipeline import GANPipeline
+from pipelines.images.loop import Loop, new_accelerator
 from pipelines.images.method import Batch, Draws
 from tests.images.conftest import check_resumes, check_two_processes
 
@@ -31,6 +33,12 @@ def method(**values) -> GANMethod:
 def batch(rows: int = 6) -> Batch:
     generator = torch.Generator().manual_seed(1)
     return Batch(torch.rand(rows, 1, 8, 8, generator=generator), torch.zeros(rows, dtype=torch.int64))
+
+
+def grey_images(count: int = 40) -> Images:
+    generator = torch.Generator().manual_seed(3)
+    levels = torch.randint(0, 256, (count, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    return Images(levels, torch.zeros(count, dtype=torch.int64))
 
 
 def draws(rows: int = 6, seed: int = 2) -> Draws:
@@ -55,8 +63,26 @@ def test_the_losses_are_those_of_the_two_networks():
         assert loss.item() == pytest.approx(formula.mean().item(), rel=1e-4)
         loss.backward()
         norm = torch.cat([p.grad.flatten() for p in generator.parameters()]).norm()
-        assert logged[f"gradient_norm_{kind}"].item() == pytest.approx(norm.item(), rel=1e-4)
+        assert logged[f"gradient_norm_{kind}"].norm().item() == pytest.approx(norm.item(), rel=1e-4)
         generator.zero_grad()
+
+
+@pytest.mark.parametrize("kind", ["nonsaturating", "minimax"])
+def test_the_logged_norm_is_that_of_the_steps_gradient_however_many_parts_it_has(tmp_path, kind):
+    values = {"batch_size": 4, "gradient_accumulation": 3, "logging_steps": 1, "save_steps": 100, "loss": kind}
+    values |= {"report_to": "none", "precision": "fp32", "output_dir": str(tmp_path / "run")}
+    made = method(**values)
+    loop = Loop(made, *[grey_images()] * 2, made.config, new_accelerator(made.config), 3)
+    norms = []
+
+    def note(optimizer, *_):
+        gradients = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
+        norms.append(torch.cat(gradients).norm().item())
+
+    loop.optimizers["generator"].register_step_pre_hook(note)
+    history = loop.run()
+    assert [entry[f"gradient_norm_{kind}"] for entry in history] == pytest.approx(norms, rel=1e-5)
+    assert len(norms) == 3
 
 
 def test_two_time_scales():
@@ -72,7 +98,8 @@ def test_a_sure_discriminator_starves_the_minimax_loss_only():
     with torch.no_grad():
         made.parts["discriminator"].layers[-1].bias.fill_(-20)  # D(G(z)) → 0
     _, logged = made.loss("generator", batch(), draws(), 0)
-    assert 0 < logged["gradient_norm_minimax"] < 1e-6 * logged["gradient_norm_nonsaturating"]
+    norms = {kind: logged[f"gradient_norm_{kind}"].norm() for kind in ("minimax", "nonsaturating")}
+    assert 0 < norms["minimax"] < 1e-6 * norms["nonsaturating"]
 
 
 def test_a_killed_run_goes_on_exactly(stages, tmp_path):

@@ -61,6 +61,8 @@ def test_every_system_is_measured_in_its_range(metrics):
     for system in SYSTEMS:
         assert metrics[f"{system}/nearest_distance"] > 0
         assert 0 <= metrics[f"{system}/copies"] <= 1
+    # one standard error is of which images were measured, the other of the draws that estimate their bound
+    assert 0 < metrics["bitflip/bound_monte_carlo_error"] < metrics["bitflip/bound_se"]
     # what draws binary images only has no distance of grey levels; who gives no likelihood has no bound
     assert {s for s in SYSTEMS if f"{s}/grey_frechet_distance" in metrics} == {"ddpm", "vae", "gan"}
     assert {s for s in SYSTEMS if f"{s}/bound" in metrics} == {"bitflip", "vae"}

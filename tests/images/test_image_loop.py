@@ -13,8 +13,10 @@ from torch import nn
 from pipelines.config import validate
 from pipelines.errors import UserError
 from pipelines.images.data import Images, load_images
-from pipelines.images.loop import Loop, measure, new_accelerator, seeded
+from pipelines.images.evaluation import measure
+from pipelines.images.loop import Loop, new_accelerator
 from pipelines.images.pictures import grid, save_grid
+from pipelines.images.seeds import seeded
 from pipelines.images.vae import VAEConfig
 from pipelines.images.vae_method import VAEMethod
 from tests.images.conftest import check_resumes, check_two_processes
@@ -34,6 +36,7 @@ class Recorder:
 
     name = "recorder"
     averaged = ("a",)
+    estimated = ()
 
     def __init__(self, phases=("a",), losses=None):
         self.phases, self.seen, self.losses = phases, [], losses
@@ -138,6 +141,18 @@ def test_parts_of_a_batch_are_the_batch(tmp_path):
     assert parts.parts["a"].weight.item() == pytest.approx(whole.parts["a"].weight.item(), rel=1e-6)
     for first, second in zip(*histories, strict=True):
         assert first == pytest.approx(second, rel=1e-5)
+
+
+def test_vectors_are_logged_by_the_norm_of_their_mean_over_the_step(tmp_path):
+    class Pointer(Recorder):
+        def loss(self, phase, batch, draws, step):
+            loss, _ = super().loss(phase, batch, draws, step)
+            return loss, {"arrow": torch.stack([draws.uniform().mean(), -draws.uniform().mean()])}
+
+    fields = {"gradient_accumulation": 3, "batch_size": 2, "logging_steps": 2}
+    parts = run(Pointer(), config_of(tmp_path, **fields), steps=4)
+    whole = run(Pointer(), config_of(tmp_path, batch_size=6, logging_steps=2, output_dir=str(tmp_path / "o")), steps=4)
+    assert [entry["arrow"] for entry in parts] == pytest.approx([entry["arrow"] for entry in whole], rel=1e-6)
 
 
 def test_each_phase_moves_its_own_part_and_sees_what_the_one_before_it_left(tmp_path):

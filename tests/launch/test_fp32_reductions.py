@@ -125,7 +125,8 @@ def one_step(config_class, method_class, tmp_path, **values):
     """A method's loss and measures under bf16 autocast, on the embedded digits."""
     from pipelines.config import validate
     from pipelines.images.data import load_images
-    from pipelines.images.loop import Loop, measure, new_accelerator
+    from pipelines.images.evaluation import measure
+    from pipelines.images.loop import Loop, new_accelerator
 
     plain = {"precision": "bf16", "report_to": "none", "max_train": 64, "max_test": 16, "batch_size": 16}
     plain |= {"logging_steps": 1, "max_steps": 2, "output_dir": str(tmp_path), "eval_batch_size": 16}
