@@ -24,11 +24,12 @@ from trl.trainer.utils import RepeatSampler, add_fused_lm_head, split_tensor_dic
 from pipelines.errors import UserError
 from pipelines.seq2seq.annotators import Annotator
 from pipelines.seq2seq.collators import SetEpoch, check_reads_text, pad_rows
+from pipelines.seq2seq.guard import check_rows
 from pipelines.seq2seq.losses import sequence_sum
 from pipelines.seq2seq.rewards import Rewards
 from pipelines.seq2seq.sampling import GumbelSampler, prompt_keys, sample_completions
 from pipelines.seq2seq.sharded import InParts, share_embedding, whole
-from pipelines.seq2seq.view import as_view, check_log_probs, decoder_start_id, encode, silence_dropout
+from pipelines.seq2seq.view import as_view, decoder_start_id, encode, silence_dropout
 
 # TRL's names for what our other trainers log, and theirs.
 _LOGGED = {
@@ -305,7 +306,7 @@ class _Groups(InParts):
         source_ids, source_mask = _right_padded(input_ids[rows, :-length], attention_mask[rows, :-length])
         with self.accelerator.autocast():
             sources = {"input_ids": source_ids, "attention_mask": source_mask}
-            check_log_probs(model, sources, ids, mask, found[rows].detach(), temperature=self.temperature)
+            check_rows(model, sources, ids, mask, found[rows].detach(), temperature=self.temperature)
         self._unchecked = False
 
     # --- logs, checkpoints ---

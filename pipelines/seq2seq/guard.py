@@ -47,4 +47,31 @@ def check_batch(
         owners = numbers % count if order == "sample-major" else numbers // (len(numbers) // count)
     rows = torch.cat([(owners == owners[end]).nonzero()[[0, -1], 0] for end in (0, -1)]).unique()
     given = {name: value[owners[rows]] for name, value in sources.items() if value is not None}
-    check_log_probs(model, given, completion_ids[rows], completion_mask[rows], found[rows], temperature=temperature)
+    check_rows(model, given, completion_ids[rows], completion_mask[rows], found[rows], temperature=temperature)
+
+
+def check_rows(
+    model: Any,
+    sources: dict[str, Tensor],
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    found: Tensor,
+    *,
+    temperature: float = 1.0,
+) -> None:
+    """``view.check_log_probs`` row by row, so that no more memory is taken than a training step takes.
+
+    Args:
+        model: as there, and so the others.
+        sources: (R, …) one for every row.
+        completion_ids: (R, T).
+        completion_mask: (R, T).
+        found: (R, T).
+        temperature: what the logits were divided by.
+
+    Raises:
+        RuntimeError: log-probabilities differ.
+    """
+    for row in torch.arange(len(completion_ids), device=completion_ids.device).split(1):
+        given = {name: value[row] for name, value in sources.items()}
+        check_log_probs(model, given, completion_ids[row], completion_mask[row], found[row], temperature=temperature)

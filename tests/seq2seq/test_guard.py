@@ -11,7 +11,7 @@ from ppo_environment import make_policy, make_sources, make_tokenizer, make_trai
 from preference_environment import arguments
 from trl import GRPOConfig, RLOOConfig
 
-from pipelines.seq2seq import actor_critic, group_trainer, guard, shared_attention, view
+from pipelines.seq2seq import actor_critic, guard, shared_attention, view
 from pipelines.seq2seq.dpo_trainer import EncoderDecoderDPOTrainer
 from pipelines.seq2seq.group_trainer import EncoderDecoderGRPOTrainer, EncoderDecoderRLOOTrainer
 from pipelines.seq2seq.guard import check_batch
@@ -134,17 +134,18 @@ def test_a_right_batch_passes(kind, tmp_path, monkeypatch):
     seen, plain = [], guard.check_log_probs
 
     def check_log_probs(model, sources, *rows, **options):
-        seen.append(sources["input_ids"].tolist())
+        seen.append(tuple(sources["input_ids"][0].tolist()))
+        assert len(sources["input_ids"]) == 1
         plain(model, sources, *rows, **options)
 
-    for module in (guard, group_trainer):
-        monkeypatch.setattr(module, "check_log_probs", check_log_probs)
+    monkeypatch.setattr(guard, "check_log_probs", check_log_probs)
     trainer.train()
     assert trainer.state.global_step > 0
-    assert len(seen) == (2 if kind == "ppo" else 1)  # PPO's rollout, and the first batch made of it
-    for sources in seen:
-        assert len(sources) == 4
-        assert len(set(map(tuple, sources))) == 2
+    assert len(seen) == (8 if kind == "ppo" else 4)  # PPO's rollout, and the first batch made of it
+    for start in range(0, len(seen), 4):
+        first, _, _, last = counts = seen[start : start + 4]
+        assert first != last
+        assert counts.count(first) == counts.count(last) == 2
 
 
 @pytest.mark.parametrize("way", WAYS)
