@@ -115,20 +115,20 @@ def _materialized(module: nn.Module) -> nn.Module:
 
 def _lean(model: nn.Module) -> None:
     """``lean_layers`` for a model without values: what it tries on every layer is tried on one of each kind."""
-    from pipelines.seq2seq.lean import LeanFeedForward, LeanNorm, _is_feed_forward, _is_norm, _lean_class
+    from pipelines.seq2seq.lean import candidate, lean_class, mixin_for
 
     tried: dict[Any, type | None] = {}
     for module in model.modules():
-        if not (hasattr(module, "variance_epsilon") or (hasattr(module, "wi") and hasattr(module, "wo"))):
+        if candidate(module) is None:
             continue
         kind = type(module), tuple(p.shape for p in module.parameters())
         if kind not in tried:
             real = copy.deepcopy(module).to_empty(device="cpu")
             for parameter in real.parameters():
                 nn.init.constant_(parameter, 0.01)
-            tried[kind] = LeanNorm if _is_norm(real) else LeanFeedForward if _is_feed_forward(real) else None
+            tried[kind] = mixin_for(real)
         if tried[kind] is not None:
-            module.__class__ = _lean_class(tried[kind], type(module))
+            module.__class__ = lean_class(tried[kind], type(module))
 
 
 def _build(config: Any, shape: Shape) -> nn.Module:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import create_position_bias_mask, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from pipelines.seq2seq.lean_math import attend, attend_backward
+
 _NAME = "genalign_biased"
-# Scores of one part, in numbers: 4 MiB of fp32 stay in the cache of today's processors.
-_PART = 2**20
 
 
 class BiasedAttention(torch.autograd.Function):
@@ -47,48 +47,21 @@ class BiasedAttention(torch.autograd.Function):
         Returns:
             (B, H, L, D).
         """
-        rows, heads, length, _ = query.shape
-        probabilities = query.new_empty(rows, heads, length, key.shape[2])
-        result = query.new_empty(rows, heads, length, value.shape[3])
-        lowest = torch.finfo(query.dtype).min
-        for part in _parts(probabilities):
-            scores = probabilities[part]
-            torch.matmul(query[part], key[part].transpose(2, 3), out=scores)
-            if scale != 1.0:
-                scores.mul_(scale)
-            scores.add_(bias)
-            if mask is not None:
-                scores.masked_fill_(~mask[part], lowest)
-            torch.softmax(scores, -1, out=scores)
-            torch.matmul(scores, value[part], out=result[part])
-        ctx.save_for_backward(query, key, value, probabilities)
+        by_head = [t.transpose(0, 1).contiguous() for t in (query, key, value)]
+        probabilities, found = attend(*by_head, bias, mask, scale)
+        ctx.save_for_backward(*by_head, probabilities)
         ctx.scale = scale
-        return result
+        return found.transpose(0, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of query, key, value and bias."""
-        query, key, value, probabilities = ctx.saved_tensors
-        of_query, of_key, of_value = (t.new_empty(t.shape) for t in (query, key, value))
-        of_bias = probabilities.new_zeros(1, *probabilities.shape[1:])
-        for part in _parts(probabilities):
-            chosen, given = probabilities[part], gradient[part]
-            torch.matmul(chosen.transpose(2, 3), given, out=of_value[part])
-            scores = torch.matmul(given, value[part].transpose(2, 3))
-            torch.ops.aten._softmax_backward_data.out(scores, chosen, -1, chosen.dtype, grad_input=scores)
-            of_bias += scores.sum(0, keepdim=True) if len(scores) > 1 else scores
-            torch.matmul(scores, key[part], out=of_query[part])
-            torch.matmul(scores.transpose(2, 3), query[part], out=of_key[part])
-        if ctx.scale != 1.0:
-            of_query.mul_(ctx.scale)
-            of_key.mul_(ctx.scale)
-        return of_query, of_key, of_value, of_bias, None, None
-
-
-def _parts(scores: Tensor) -> Iterator[slice]:
-    size = max(1, _PART // scores[0].numel())
-    return (slice(start, start + size) for start in range(0, len(scores), size))
+        *by_head, probabilities = ctx.saved_tensors
+        given = gradient.transpose(0, 1).contiguous()
+        of_each = tuple(torch.empty_like(t) for t in by_head)
+        of_bias = attend_backward(given, *by_head, probabilities, ctx.scale, of_each, ctx.needs_input_grad[3])
+        return *(t.transpose(0, 1) for t in of_each), of_bias, None, None
 
 
 def biased_sdpa(
@@ -148,15 +121,15 @@ AttentionMaskInterface.register(_NAME, sdpa_mask)
 @contextmanager
 def attention(module: nn.Module, name: str) -> Iterator[None]:
     """Within, a model attends by the attention function that is registered under ``name``."""
-    configs = {id(c): c for m in module.modules() if (c := getattr(m, "config", None)) is not None}
-    before = {key: config._attn_implementation_internal for key, config in configs.items()}
+    configs = _found(module).configs
+    before = [config._attn_implementation_internal for config in configs]
     try:
-        for config in configs.values():
+        for config in configs:
             config._attn_implementation_internal = name
         yield
     finally:
-        for key, config in configs.items():
-            config._attn_implementation_internal = before[key]
+        for config, own in zip(configs, before, strict=True):
+            config._attn_implementation_internal = own
 
 
 @contextmanager
@@ -168,7 +141,7 @@ def biased_attention(module: nn.Module) -> Iterator[None]:
     wanted = (
         torch.is_grad_enabled()
         and getattr(getattr(module, "config", None), "_attn_implementation", None) == "sdpa"
-        and _has_learned_bias(module)
+        and _found(module).learned_bias
         and next(module.parameters()).device.type == "cpu"
         and not recomputes(module)
     )
@@ -179,13 +152,24 @@ def biased_attention(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def _has_learned_bias(module: nn.Module) -> bool:
-    if "_has_learned_bias" not in module.__dict__:
-        found = any(getattr(m, "has_relative_attention_bias", False) for m in module.modules())
-        module.__dict__["_has_learned_bias"] = found
-    return module.__dict__["_has_learned_bias"]
-
-
 def recomputes(module: nn.Module) -> bool:
     """Whether activations are recomputed in the backward pass (gradient checkpointing)."""
-    return any(m.training and getattr(m, "gradient_checkpointing", False) for m in module.modules())
+    return any(m.gradient_checkpointing and m.training for m in _found(module).checkpointed)
+
+
+class _Found(NamedTuple):
+    configs: list[Any]
+    checkpointed: list[nn.Module]
+    learned_bias: bool
+
+
+def _found(module: nn.Module) -> _Found:
+    """What a module's parts say of its attention; looked up once, as it is asked for several times a step."""
+    if "_attention_found" not in module.__dict__:
+        parts = list(module.modules())
+        module.__dict__["_attention_found"] = _Found(
+            list({id(c): c for m in parts if (c := getattr(m, "config", None)) is not None}.values()),
+            [m for m in parts if hasattr(m, "gradient_checkpointing")],
+            any(getattr(m, "has_relative_attention_bias", False) for m in parts),
+        )
+    return module.__dict__["_attention_found"]

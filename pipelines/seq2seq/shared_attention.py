@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -23,11 +22,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from pipelines.seq2seq.attention import attention, biased_sdpa, recomputes
-from pipelines.seq2seq.stacks import Order, projected, run_decoder, states_width, unwrap
+from pipelines.seq2seq.stacks import SHARED_ORDER, Order, projected, run_decoder, states_width, unwrap
 from pipelines.seq2seq.view import decode, in_shards
 
 _NAME = "genalign_shared_sources"
-_ORDER: ContextVar[Order] = ContextVar("order", default="source-major")
 
 
 def _shared_sdpa(
@@ -47,7 +45,7 @@ def _shared_sdpa(
         return biased_sdpa(
             module, query, key, value, attention_mask, position_bias=position_bias, is_causal=is_causal, **options
         )
-    source_major = _ORDER.get() == "source-major"
+    source_major = SHARED_ORDER.get() == "source-major"
     samples, (_, heads, length, width) = rows // sources, query.shape
     folded = query.unflatten(0, (sources, samples) if source_major else (samples, sources))
     folded = folded if source_major else folded.transpose(0, 1)
@@ -73,12 +71,12 @@ AttentionMaskInterface.register(_NAME, sdpa_mask)
 @contextmanager
 def shared_sources(model: Any, order: Order = "source-major") -> Iterator[None]:
     """Within, the decoder may be called with R = K·B rows, and states, mask or cache of B sources."""
-    token = _ORDER.set(order)
+    token = SHARED_ORDER.set(order)
     try:
         with attention(unwrap(model).get_decoder(), _NAME):
             yield
     finally:
-        _ORDER.reset(token)
+        SHARED_ORDER.reset(token)
 
 
 def can_share(model: Any) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,9 @@ Order = Literal["sample-major", "source-major"]
 """How R = K·B rows belong to B sources: ``sample-major`` puts sample k of source b into row k·B + b (TRL's
 ``[chosen; rejected]``), ``source-major`` into row b·K + k (``generate(num_return_sequences=K)``). Where sources have
 unequal numbers of rows, an (R,) tensor of source numbers takes its place."""
+
+SHARED_ORDER: ContextVar[Order | None] = ContextVar("order", default=None)
+"""The order in which attention is given K·B rows of queries for B of keys at the moment; None where it is not."""
 
 
 def unwrap(model: Any) -> PreTrainedModel:

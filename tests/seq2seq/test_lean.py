@@ -1,115 +1,191 @@
-"""Lean layers: the numbers and gradients of the model's own."""
+"""Lean layers: the numbers and gradients of the model's own, and the model's own way where they do not serve."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
 from tiny_models import tiny
-from torch.nn.functional import rms_norm
-from transformers import T5Config
-from transformers.models.t5.modeling_t5 import T5DenseActDense, T5LayerNorm
+from transformers import DynamicCache, T5Config
+from transformers.models.t5.modeling_t5 import T5LayerCrossAttention, T5LayerFF, T5LayerNorm, T5LayerSelfAttention
 
-from pipelines.seq2seq.lean import FeedForward, LeanFeedForward, LeanNorm, RootMeanSquareNorm, lean_layers
+from pipelines.seq2seq import lean
+from pipelines.seq2seq.lean import (
+    LeanCrossAttention,
+    LeanFeedForward,
+    LeanNorm,
+    LeanSelfAttention,
+    candidate,
+    lean_layers,
+    mixin_for,
+)
+from pipelines.seq2seq.lean_math import AttentionLayer, FeedForwardLayer
 from pipelines.seq2seq.view import as_view
 
+WIDTH, LENGTH, WIDE = 6, 4, 5
 
-def test_the_norms_gradients_are_right():
-    generator = torch.Generator().manual_seed(0)
-    states = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(5, generator=generator, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, w: RootMeanSquareNorm.apply(x, w, 1e-6), (states, weight))
-    assert torch.allclose(RootMeanSquareNorm.apply(states, weight, 1e-6), rms_norm(states, (5,), weight, 1e-6))
+
+def layer(kind, dropout=0.0, act="relu", causal=False, implementation="sdpa"):
+    torch.manual_seed(0)
+    config = T5Config(
+        d_model=WIDTH, d_ff=10, d_kv=4, num_heads=2, dropout_rate=dropout, feed_forward_proj=act, is_decoder=causal
+    )
+    config._attn_implementation = implementation
+    made = {
+        LeanNorm: lambda: T5LayerNorm(WIDTH),
+        LeanFeedForward: lambda: T5LayerFF(config),
+        LeanSelfAttention: lambda: T5LayerSelfAttention(config, has_relative_attention_bias=True, layer_idx=0),
+        LeanCrossAttention: lambda: T5LayerCrossAttention(config, layer_idx=0),
+    }[kind]()
+    with torch.no_grad():
+        for module in made.modules():
+            if isinstance(module, T5LayerNorm):
+                module.weight.uniform_(0.5, 1.5)
+    return made
+
+
+def arguments(kind, scale=1.0, masked=False):
+    generator = torch.Generator().manual_seed(1)
+    given = {"hidden_states": scale * torch.randn(3, LENGTH, WIDTH, generator=generator)}
+    if kind is LeanCrossAttention:
+        given["key_value_states"] = torch.randn(3, WIDE, WIDTH, generator=generator)
+    wide = WIDE if kind is LeanCrossAttention else LENGTH
+    if masked:
+        real = torch.arange(wide) < torch.tensor([wide, 1, 3])[:, None, None, None]
+        given["attention_mask"] = real.expand(-1, -1, LENGTH, -1)
+    return {name: t.requires_grad_() if t.is_floating_point() else t for name, t in given.items()}
+
+
+def result_and_gradients(module, given):
+    result = module(**given)
+    result = result[0] if isinstance(result, tuple) else result
+    wanted = [t for t in (*given.values(), *module.parameters()) if t.requires_grad]
+    return result, torch.autograd.grad(result.sin().sum(), wanted)
+
+
+KINDS = [
+    (LeanNorm, {}, False),
+    (LeanFeedForward, {}, False),
+    (LeanSelfAttention, {}, False),
+    (LeanSelfAttention, {}, True),
+    (LeanSelfAttention, {"causal": True}, False),
+    (LeanCrossAttention, {}, False),
+    (LeanCrossAttention, {}, True),
+]
+
+
+def counted(monkeypatch):
+    """How often the functions are called."""
+    calls = Counter()
+    for function in (lean.RootMeanSquareNorm, FeedForwardLayer, AttentionLayer):
+
+        def counting(*given, apply=function.apply, name=function.__name__):
+            calls[name] += 1
+            return apply(*given)
+
+        monkeypatch.setattr(function, "apply", counting)
+    return calls
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
-def test_it_is_t5s_norm(scale):
-    plain = T5LayerNorm(16)
+@pytest.mark.parametrize(("kind", "options", "masked"), KINDS)
+def test_it_is_t5s_layer(monkeypatch, kind, options, masked, scale):
+    plain = layer(kind, **options)
+    swapped = copy.deepcopy(plain)
+    lean_layers(swapped)
+    assert isinstance(swapped, kind)
+    assert type(swapped).__name__ == type(plain).__name__
+    given = arguments(kind, scale, masked)
+    wanted, wanted_gradients = result_and_gradients(plain, given)
+    calls = counted(monkeypatch)
+    found, gradients = result_and_gradients(swapped, given)
+    assert calls.total() == 1
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    for gradient, one in zip(gradients, wanted_gradients, strict=True):
+        torch.testing.assert_close(gradient, one, rtol=1e-4, atol=1e-5 * max(1.0, float(one.abs().max())))
+
+
+@pytest.mark.parametrize("kind", [LeanFeedForward, LeanSelfAttention, LeanCrossAttention])
+def test_what_it_does_not_serve_goes_the_models_own_way(monkeypatch, kind):
+    calls, given = counted(monkeypatch), arguments(kind)
+
+    def its_own_way(module, **more):
+        calls.clear()
+        result = module(**given | more)
+        assert not calls.keys() & {"FeedForwardLayer", "AttentionLayer"}
+        return result
+
+    swapped = layer(kind)
+    lean_layers(swapped)
     with torch.no_grad():
-        plain.weight.copy_(torch.rand(16) + 0.5)
-    lean = copy.deepcopy(plain)
-    lean_layers(lean)
-    assert isinstance(lean, LeanNorm)
-    assert type(lean).__name__ == "T5LayerNorm"
-    given = [(scale * torch.randn(3, 4, 16, generator=torch.Generator().manual_seed(1))).requires_grad_() for _ in "ab"]
-    for module, states in zip((plain, lean), given, strict=True):
-        module(states).sin().sum().backward()
-    assert torch.allclose(plain(given[0]), lean(given[1]), rtol=1e-5)
-    assert torch.allclose(given[0].grad, given[1].grad, rtol=1e-4, atol=1e-5 / scale)
-    assert torch.allclose(plain.weight.grad, lean.weight.grad, rtol=1e-4, atol=1e-5)
-
-
-def feed_forward(dropout=0.0, act="relu"):
-    config = T5Config(d_model=6, d_ff=10, dropout_rate=dropout, feed_forward_proj=act)
-    return T5DenseActDense(config)
-
-
-def test_the_feed_forward_layers_gradients_are_right():
-    generator = torch.Generator().manual_seed(0)
-    given = [
-        torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
-        for shape in ((2, 3, 4), (5, 4), (4, 5))
-    ]
-    assert torch.autograd.gradcheck(FeedForward.apply, given)
-    assert torch.allclose(FeedForward.apply(*given), torch.relu(given[0] @ given[1].T) @ given[2].T)
-
-
-def test_it_is_t5s_feed_forward_layer():
-    plain = feed_forward()
-    lean = copy.deepcopy(plain)
-    lean_layers(lean)
-    assert isinstance(lean, LeanFeedForward)
-    given = [torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in "ab"]
-    for module, states in zip((plain, lean), given, strict=True):
-        module(states).sin().sum().backward()
-    torch.testing.assert_close(given[1].grad, given[0].grad)
-    for first, second in zip(plain.parameters(), lean.parameters(), strict=True):
-        torch.testing.assert_close(second.grad, first.grad)
-
-
-def test_dropout_adapters_and_other_activations_take_the_models_own_way(monkeypatch):
-    gated = feed_forward(act="gelu")
-    lean_layers(gated)
-    assert type(gated) is T5DenseActDense
-    dropped, adapted = feed_forward(dropout=0.5).train(), feed_forward()
-    for module in (dropped, adapted):
-        lean_layers(module)
-        assert isinstance(module, LeanFeedForward)
+        its_own_way(swapped)
+    with torch.autocast("cpu", torch.bfloat16):
+        its_own_way(swapped)
+    dropped = layer(kind, dropout=0.5).train()
+    lean_layers(dropped)
+    its_own_way(dropped)
+    name = "wi" if kind is LeanFeedForward else "q"
+    inner = next(module for module in swapped.children() if hasattr(module, name))
 
     class Adapter(torch.nn.Linear):
         pass
 
-    adapted.wi.__class__ = Adapter
-    monkeypatch.setattr(FeedForward, "apply", lambda *_: pytest.fail("the lean way"))
-    states = torch.ones(1, 2, 6, requires_grad=True)
-    for module in (dropped, adapted):
-        module(states).sum().backward()
-    with torch.autocast("cpu", torch.bfloat16):
-        feed = copy.deepcopy(dropped).eval()
-        feed(states)
+    getattr(inner, name).__class__ = Adapter
+    its_own_way(swapped)
+    getattr(inner, name).__class__ = torch.nn.Linear
+    seen = []
+    handle = getattr(inner, name).register_forward_pre_hook(lambda module, args: seen.append(1))
+    its_own_way(swapped)
+    assert seen
+    handle.remove()
+    if kind is not LeanFeedForward:
+        its_own_way(swapped, past_key_values=DynamicCache())
+    swapped(**given)
+    assert calls.keys() & {"FeedForwardLayer", "AttentionLayer"}
+
+
+def test_layers_that_only_look_alike_are_left_alone():
+    class Centred(T5LayerNorm):
+        def forward(self, states):
+            return super().forward(states - states.mean(-1, keepdim=True))
+
+    class Louder(T5LayerFF):
+        def forward(self, states):
+            return 2 * super().forward(states)
+
+    module = Centred(4)
+    lean_layers(module)
+    assert type(module) is Centred
+    louder = layer(LeanFeedForward)
+    louder.__class__ = Louder
+    assert candidate(louder) is LeanFeedForward
+    assert mixin_for(louder) is None
+    gated, eager = layer(LeanFeedForward, act="gated-gelu"), layer(LeanSelfAttention, implementation="eager")
+    assert mixin_for(gated) is mixin_for(eager) is None
+    assert mixin_for(layer(LeanFeedForward, act="gelu")) is None
+
+
+def test_trying_a_layer_changes_nothing_of_it():
+    module = layer(LeanSelfAttention, dropout=0.1).train()
+    before = torch.get_rng_state()
+    assert mixin_for(module) is LeanSelfAttention
+    assert all(part.training for part in module.modules())
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_half_precision_takes_the_models_own_way():
     plain = T5LayerNorm(8).bfloat16()
     states = torch.randn(2, 8).bfloat16()
     wanted = plain(states)
-    lean = copy.deepcopy(plain).float()
-    lean_layers(lean)
-    lean.bfloat16()
-    assert torch.equal(lean(states), wanted)
+    swapped = copy.deepcopy(plain).float()
+    lean_layers(swapped)
+    swapped.bfloat16()
+    assert torch.equal(swapped(states), wanted)
 
 
 def test_a_view_has_them_and_other_models_keep_theirs():
     t5, bart = as_view(tiny("t5")), as_view(tiny("bart"))
-    assert sum(isinstance(m, LeanNorm) for m in t5.modules()) == sum(isinstance(m, T5LayerNorm) for m in t5.modules())
-    assert any(isinstance(m, LeanNorm) for m in copy.deepcopy(t5).modules())
-    assert not any(isinstance(m, LeanNorm) for m in bart.modules())
-
-
-def test_a_norm_that_only_looks_alike_is_left_alone():
-    class Centred(T5LayerNorm):
-        def forward(self, states):
-            return super().forward(states - states.mean(-1, keepdim=True))
-
-    module = Centred(4)
-    lean_layers(module)
-    assert type(module) is Centred
+    layers = Counter(type(m).__mro__[1] for m in t5.modules() if isinstance(m, lean._Lean))
+    assert layers == {LeanNorm: 12, LeanFeedForward: 4, LeanSelfAttention: 4, LeanCrossAttention: 2}
+    assert sum(isinstance(m, lean._Lean) for m in copy.deepcopy(t5).modules()) == layers.total()
+    assert not any(isinstance(m, lean._Lean) for m in bart.modules())
