@@ -256,7 +256,8 @@ class PPOTrainer(Trainer):
     def _check(self, what: str, sources: dict[str, Tensor | None], *rows: Tensor) -> None:
         """Compare the first log-probabilities of a rollout, and of a batch in training, with the plain class's."""
         if what not in self._checked:
-            check_batch(self.model.policy, sources, *rows, order="source-major", temperature=self.args.temperature)
+            with self.accelerator.autocast():  # which, within a step, only the model's own forward is in
+                check_batch(self.model.policy, sources, *rows, order="source-major", temperature=self.args.temperature)
             self._checked.add(what)
 
     def _keep_samples(
@@ -368,8 +369,7 @@ class PPOTrainer(Trainer):
         if args.entropy_coefficient:
             loss = loss - args.entropy_coefficient * now["entropy"]
         if args.kl_in == "loss":
-            known = (inputs["log_probs"], inputs["reference"])
-            penalty = ppo_math.loss_kl(now["log_probs"], *known, args.kl_estimator)
+            penalty = ppo_math.loss_kl(now["log_probs"], inputs["log_probs"], inputs["reference"], args.kl_estimator)
             loss = loss + self.record["objective/kl_coefficient"] * penalty
         with torch.no_grad():
             kl = kl_estimate(inputs["log_probs"], now["log_probs"], "k3")

@@ -44,19 +44,19 @@ def lengths_paid(documents, summaries, references) -> list[float]:
     return [float(len(summary)) for summary in summaries]
 
 
-def trainer_of(kind: str, folder):
+def trainer_of(kind: str, folder, bf16: bool = False):
     """A trainer whose first batch has several sources, with several completions each."""
     if kind == "ppo":
-        return make_trainer(folder, policy=policy(), rollouts=1)
+        return make_trainer(folder, policy=policy(), rollouts=1, bf16=bf16)
     sources, rewards = make_sources(16), Rewards([RewardFunction("length", 1.0, lengths_paid)])
     if kind in GROUPS:
         cls, config = GROUPS[kind]
         fields = {"per_device_train_batch_size": 16, "steps_per_generation": 1, "num_generations": 4, "max_steps": 1}
-        fields |= {"bf16": False, "activation_checkpointing": False, "use_cpu": True, "report_to": []}
+        fields |= {"bf16": bf16, "activation_checkpointing": False, "use_cpu": True, "report_to": []}
         given = config(str(folder), max_completion_length=6, beta=0.05, save_strategy="no", **fields)
         rows = Dataset.from_list([{**row, "prompt": row["document"]} for row in sources])
         return cls(policy(), given, rows, make_tokenizer(), rewards)
-    prompts, given = [row["input_ids"] for row in sources], arguments(folder, max_steps=1)
+    prompts, given = [row["input_ids"] for row in sources], arguments(folder, max_steps=1, bf16=bf16)
     if kind == "dpo":
         columns = {"chosen_ids": completions(32)[::2], "rejected_ids": completions(32)[1::2]}
         cls = EncoderDecoderDPOTrainer
@@ -127,10 +127,11 @@ def rows_in_another_order(monkeypatch, trainer):
 WAYS = (sources_permuted, labels_shifted, rows_in_another_order)
 
 
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_right_batch_passes(kind, tmp_path, monkeypatch):
-    """And is looked at: two sources at least, beside each its own completions."""
-    trainer = trainer_of(kind, tmp_path)
+def test_a_right_batch_passes(kind, bf16, tmp_path, monkeypatch):
+    """And is looked at, in the arithmetic that it was made in: two sources, beside each its own completions."""
+    trainer = trainer_of(kind, tmp_path, bf16)
     seen, plain = [], guard.check_log_probs
 
     def check_log_probs(model, sources, *rows, **options):
