@@ -140,7 +140,7 @@ def toy_config(tmp_path, **values):
     return validate(BitFlipConfig, plain | {"binarize": "threshold"} | values)
 
 
-@pytest.mark.parametrize("stages", [None, 1, 3])
+@pytest.mark.parametrize("stages", [pytest.param(None, marks=pytest.mark.slow), 1, 3])
 def test_monte_carlo_error_is_the_spread_of_the_estimate_over_repeated_draws(tmp_path, stages):
     """Over the draws of stages and noise, the images staying the same."""
     chosen = torch.randint(0, 8, (300,), generator=torch.Generator().manual_seed(5))
