@@ -1,6 +1,6 @@
 """Train a GAN on images: a generator against a discriminator.
 
-    accelerate launch --config_file accelerate_configs/cpu_ddp.yaml recipes/images/gan.py \\
+    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/images/gan.py \\
         --config recipes/images/gan.yaml dataset=FOLDER_WITH_MNIST
 """
 

