@@ -95,3 +95,13 @@ def test_constraints_pin_every_package(root):
     assert all(re.fullmatch(r"[A-Za-z0-9_.\-]+==[^=\s]+", line) for line in lines)
     assert "torch==2.13.0" in lines
     assert not any("nvidia" in line or "cuda" in line for line in lines)
+
+
+def test_the_tables_of_benchmarks_are_those_of_their_files(root):
+    pages = [page.read_text(encoding="utf-8") for page in (root / "docs").glob("*.md")]
+    tables = list((root / "docs" / "results").glob("*.md"))
+    assert tables
+    for table in tables:
+        text = table.read_text(encoding="utf-8").strip()
+        lines = [line for line in text.splitlines() if line.startswith("| ")]
+        assert any(all(line in page for line in lines) for page in pages), table.name
