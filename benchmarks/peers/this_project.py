@@ -80,7 +80,7 @@ def dpo(job: dict, turns: workload.Turns, folder: str) -> None:
         num_train_epochs=job["epochs"],
         logging_steps=job["steps"],
         precompute_ref_log_probs=job["cached"],
-        precompute_ref_batch_size=batch,
+        precompute_ref_batch_size=2 * batch,  # the stages' batch without gradients, by default twice the other
         **common(job, folder),
     )
     _CountedCaching.turns = turns

@@ -47,21 +47,28 @@ class BiasedAttention(torch.autograd.Function):
         Returns:
             (B, H, L, D).
         """
-        by_head = [t.transpose(0, 1).contiguous() for t in (query, key, value)]
-        probabilities, found = attend(*by_head, bias, mask, scale)
+        rows, heads = query.shape[:2]
+        by_head = [_by_head(tensor) for tensor in (query, key, value)]
+        probabilities, found = attend(*by_head, bias, mask, scale, heads)
         ctx.save_for_backward(*by_head, probabilities)
-        ctx.scale = scale
-        return found.transpose(0, 1)
+        ctx.scale, ctx.heads = scale, heads
+        return found.unflatten(0, (heads, rows)).transpose(0, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of query, key, value and bias."""
         *by_head, probabilities = ctx.saved_tensors
-        given = gradient.transpose(0, 1).contiguous()
-        of_each = tuple(torch.empty_like(t) for t in by_head)
-        of_bias = attend_backward(given, *by_head, probabilities, ctx.scale, of_each, ctx.needs_input_grad[3])
-        return *(t.transpose(0, 1) for t in of_each), of_bias, None, None
+        of_each = tuple(torch.empty_like(tensor) for tensor in by_head)
+        of_bias = attend_backward(
+            _by_head(gradient), *by_head, probabilities, ctx.scale, ctx.heads, of_each, ctx.needs_input_grad[3]
+        )
+        return *(tensor.unflatten(0, (ctx.heads, -1)).transpose(0, 1) for tensor in of_each), of_bias, None, None
+
+
+def _by_head(tensor: Tensor) -> Tensor:
+    """(B, H, L, D) as (H·B, L, D), copied in this order."""
+    return tensor.transpose(0, 1).contiguous().flatten(0, 1)
 
 
 def biased_sdpa(

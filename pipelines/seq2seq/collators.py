@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, Features, List, Value
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
@@ -58,13 +59,12 @@ def pad_rows(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]
     Returns:
         ids (R, T) and their mask (R, T), both int64.
     """
-    longest = max(map(len, rows))
-    ids = torch.full((len(rows), longest), value, dtype=torch.long)
-    mask = torch.zeros((len(rows), longest), dtype=torch.long)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = torch.as_tensor(row, dtype=torch.long)
-        mask[index, : len(row)] = 1
-    return ids, mask
+    lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+    ids = np.full((len(rows), lengths.max()), value, dtype=np.int64)
+    for place, row in zip(ids, rows, strict=True):
+        place[: len(row)] = row
+    mask = np.arange(ids.shape[1]) < lengths[:, None]
+    return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
 
 
 def join_rows(parts: Sequence[Tensor], value: float) -> Tensor:
@@ -248,6 +248,7 @@ class GroupedByLength:
     def __init__(self, *given: Any, args: TrainingArguments, **options: Any):
         # The sampler gives whole steps only; unless it is told so, accelerate cuts what is logged of the last one.
         args.dataloader_drop_last = True
+        self._counted: list[int] | None = None
         super().__init__(*given, args=args, **options)
 
     def _lengths(self, dataset: Dataset) -> list[int]:
@@ -267,11 +268,34 @@ class GroupedByLength:
         self.add_callback(SetEpoch(sampler))
         return sampler
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """6·(parameters × tokens), forward and backward, of encoder and decoder each (Kaplan et al. 2020, section 2.1).
+
+        The Trainer's own count is of the decoder's tokens alone, and goes over every module at each step.
+
+        Args:
+            inputs: a batch; a source that is not text counts with its first length.
+        """
+        if self._counted is None:
+            inner = unwrap(self.model)
+            stacks = inner.get_encoder(), inner.get_decoder()
+            embeddings = {id(p) for m in inner.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+            self._counted = [sum(p.numel() for p in m.parameters() if id(p) not in embeddings) for m in stacks]
+        sources = next((v for name, v in inputs.items() if name.startswith("encoder_") and v.dim() > 1), None)
+        tokens = 0 if sources is None else len(sources) * sources.shape[1], inputs["input_ids"].numel()
+        return 6 * sum(count * read for count, read in zip(self._counted, tokens, strict=True))
+
 
 def pair_lengths(pairs: Dataset) -> list[int]:
     """Tokens of each tokenized pair: of its source, where that is text, and of both completions."""
     columns = [column for column in PAIR_COLUMNS if column in pairs.column_names]
-    return np.sum([list(map(len, pairs[column])) for column in columns], axis=0).tolist()
+    return np.sum([list_lengths(pairs, column) for column in columns], axis=0).tolist()
+
+
+def list_lengths(examples: Dataset, column: str) -> np.ndarray:
+    """(N,) lengths of a column's lists, none of which becomes a list of Python's."""
+    chosen = examples.with_format("arrow").select_columns(column)[:]
+    return pc.list_value_length(chosen[column]).to_numpy()
 
 
 def tokenize_pairs(

@@ -130,7 +130,7 @@ class EncoderDecoderDPOTrainer(HeldOutMeans, GroupedByLength, InParts, DPOTraine
         optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
     ):
         self.lengths = lengths
-        self._unchecked = True
+        self._unchecked, self._in_one_pass = True, False
         as_view(model)
         by_adapter = peft_config is not None or is_peft_model(model)
         in_parts, own_reference = launched_strategy() == "fsdp", ref_model is None
@@ -169,11 +169,7 @@ class EncoderDecoderDPOTrainer(HeldOutMeans, GroupedByLength, InParts, DPOTraine
         )
         if own_reference and args.precompute_ref_log_probs:
             self.ref_model = None
-        outputs = ("entropy", "mean_logits", "is_top1", *(("log_sum_sq_probs",) if self.use_weighting else ()))
-        if self.accelerator.mixed_precision == "no":
-            score_in_one_pass(unwrap(self.model), outputs)
-            if self.ref_model is not None:
-                score_in_one_pass(self.accelerator.unwrap_model(self.ref_model))
+        self._score_in_one_pass()
         self.loss_types, self.loss_weights = smoothed(self.loss_types, self.loss_weights, args.label_smoothing)
         self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
         if args.sync_ref_model and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
@@ -188,7 +184,17 @@ class EncoderDecoderDPOTrainer(HeldOutMeans, GroupedByLength, InParts, DPOTraine
         keep = () if self._text else dataset.column_names
         return tokenize_pairs(dataset, processing_class, self.lengths, keep=keep, with_sources=self._text)[0]
 
+    def _score_in_one_pass(self) -> None:
+        if self.accelerator.mixed_precision != "no" or self._in_one_pass:
+            return
+        self._in_one_pass = True
+        outputs = ("entropy", "mean_logits", "is_top1", *(("log_sum_sq_probs",) if self.use_weighting else ()))
+        score_in_one_pass(unwrap(self.model), outputs)
+        if self.ref_model is not None:
+            score_in_one_pass(self.accelerator.unwrap_model(self.ref_model))
+
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        self._score_in_one_pass()  # TRL's constructor comes here before it is at its end
         # TRL keeps these in a cache file, for sets in memory in a temporary folder that outlives no run and is torn
         # when killed. They are a deterministic function of the reference: here they stay in memory.
         # Batches of like length: half the padding.

@@ -1,4 +1,4 @@
-"""T5's layers, trained on a CPU with half the passes over memory.
+"""T5's layers, on a CPU with half the passes over memory.
 
 transformers writes a layer as a chain of small operations: a root-mean-square norm alone is about twenty passes over
 the states, forward and backward, and attention copies queries, keys, values and each of their gradients into another
@@ -7,8 +7,8 @@ of its own: the norm's weights go into the matrices behind it, heads are compute
 them, the residual is added where the last product is written, and what nobody else sees is worked on in place.
 
 Like the view this swaps classes in place: parameters and checkpoints stay what they are, and whatever a function does
-not serve (no gradient wanted, half precision, other devices, dropout, adapters, hooks, caches) goes the model's own
-way. Which layers are of the kind is found by trial on a few numbers, not by name.
+not serve (half precision, other devices, dropout, adapters, hooks, caches) goes the model's own way. Which layers are
+of the kind is found by trial on a few numbers, not by name.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipelines.seq2seq.lean_math import AttentionLayer, FeedForwardLayer, Layout, RootMeanSquareNorm
+from pipelines.seq2seq.lean_math import (
+    AttentionLayer,
+    FeedForwardLayer,
+    Layout,
+    RootMeanSquareNorm,
+    attention_without_gradient,
+)
 from pipelines.seq2seq.stacks import SHARED_ORDER
 
 
@@ -74,8 +80,8 @@ class LeanFeedForward(_Lean):
     """A T5-style layer of norm, two matrices and residual by ``FeedForwardLayer``."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """The layer's own forward; by ``FeedForwardLayer`` in training on a CPU in full precision, without dropout."""
-        if not (torch.is_grad_enabled() and _is_plain(self, self.DenseReluDense, "wi", "wo", states=hidden_states)):
+        """The layer's own forward; by ``FeedForwardLayer`` on a CPU in full precision, without dropout."""
+        if not _is_plain(self, self.DenseReluDense, "wi", "wo", states=hidden_states):
             return super().forward(hidden_states)
         return _feed_forward(self, hidden_states)
 
@@ -107,15 +113,22 @@ def _attend(
 ) -> Tensor:
     layout = Layout(attention.n_heads, attention.scaling, layer.layer_norm.variance_epsilon, sample_major)
     weights = (getattr(attention, name).weight for name in "qkvo")
-    return AttentionLayer.apply(states, others, layer.layer_norm.weight, *weights, bias, mask, layout)
+    function = AttentionLayer.apply if torch.is_grad_enabled() else attention_without_gradient
+    return function(states, others, layer.layer_norm.weight, *weights, bias, mask, layout)
+
+
+def _attends_like(layer: nn.Module, wanted: Tensor, *given: Any) -> bool:
+    """Whether ``_attend`` finds these numbers, with gradients and without."""
+    with torch.enable_grad():
+        found = _attend(layer, *given).detach()
+    return _close(found, wanted) and _close(_attend(layer, *given), wanted)
 
 
 def _attends_plainly(
     layer: nn.Module, attention: nn.Module, states: Tensor, mask: Tensor | None, bias: Tensor | None
 ) -> bool:
     return (
-        torch.is_grad_enabled()
-        and _is_plain(layer, attention, *"qkvo", states=states)
+        _is_plain(layer, attention, *"qkvo", states=states)
         and attention.config._attn_implementation != "eager"
         and (mask is None or (mask.dtype == torch.bool and mask.dim() == 4))
         and (bias is None or bias.shape == (1, attention.n_heads, states.shape[1], states.shape[1]))
@@ -133,7 +146,7 @@ class LeanSelfAttention(_Lean):
         past_key_values: Any = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
-        """The layer's own forward; by ``AttentionLayer`` in training on a CPU in full precision, without dropout."""
+        """The layer's own forward; by ``AttentionLayer`` on a CPU in full precision, without dropout."""
         attention, length = self.SelfAttention, hidden_states.shape[1]
         lean = (
             past_key_values is None
@@ -168,7 +181,7 @@ class LeanSelfAttention(_Lean):
         bias, mask = _numbers(1, attention.n_heads, 3, 3), torch.ones(2, 1, 3, 3, dtype=torch.bool).tril()
         mask[1, :, :, 0] = False
         wanted = module(states, attention_mask=mask, position_bias=bias)[0]
-        return _close(_attend(module, attention, states, None, bias, mask), wanted)
+        return _attends_like(module, wanted, attention, states, None, bias, mask)
 
 
 class LeanCrossAttention(_Lean):
@@ -183,7 +196,7 @@ class LeanCrossAttention(_Lean):
         past_key_values: Any = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
-        """The layer's own forward; by ``AttentionLayer`` in training on a CPU in full precision, without dropout.
+        """The layer's own forward; by ``AttentionLayer`` on a CPU in full precision, without dropout.
 
         Within ``shared_sources`` the states may be of fewer rows than are decoded.
         """
@@ -226,7 +239,7 @@ class LeanCrossAttention(_Lean):
         states, others = _numbers(2, 3, width), _numbers(2, 4, read)
         mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]], dtype=torch.bool)[:, None, None].expand(-1, -1, 3, -1)
         wanted = module(states, others, attention_mask=mask)[0]
-        return _close(_attend(module, module.EncDecAttention, states, others, None, mask), wanted)
+        return _attends_like(module, wanted, module.EncDecAttention, states, others, None, mask)
 
 
 LEAN: tuple[type[_Lean], ...] = (LeanNorm, LeanFeedForward, LeanSelfAttention, LeanCrossAttention)
@@ -240,12 +253,14 @@ def _serves(states: Tensor, weight: Tensor) -> bool:
 
 def _is_plain(layer: nn.Module, inner: nn.Module, *names: str, states: Tensor) -> bool:
     """Whether a layer gives what its own matrices make of the states: no adapter, dropout, hook or autocast."""
-    matrices = [getattr(inner, name) for name in names]
-    return (
-        not torch.is_autocast_enabled("cpu")
-        and not (layer.training and (layer.dropout.p or getattr(inner.dropout, "p", inner.dropout)))
-        and all(type(matrix) is nn.Linear and _serves(states, matrix.weight) for matrix in matrices)
-        and not any(part._forward_hooks or part._forward_pre_hooks for part in (inner, layer.layer_norm, *matrices))
+    parts = layer._modules
+    if torch.is_autocast_enabled("cpu") or (
+        layer.training and (parts["dropout"].p or getattr(inner.dropout, "p", inner.dropout))
+    ):
+        return False
+    matrices = [inner._modules[name] for name in names]
+    return all(type(matrix) is nn.Linear and _serves(states, matrix.weight) for matrix in matrices) and not any(
+        part._forward_hooks or part._forward_pre_hooks for part in (inner, parts["layer_norm"], *matrices)
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import scaled_dot_product_attention
 
 # Scores of one part, in numbers: 4 MiB of fp32 stay in the cache of today's processors.
 _PART = 2**20
@@ -146,7 +147,7 @@ class AttentionLayer(torch.autograd.Function):
         Returns:
             (R, L, H).
         """
-        heads, size, (rows, length, _) = layout.heads, len(query) // layout.heads, states.shape
+        size, rows = len(query) // layout.heads, len(states)
         normal, rate = _normalized(states, layout.epsilon)
         if others is None:
             flat, sources = normal, rows
@@ -155,11 +156,11 @@ class AttentionLayer(torch.autograd.Function):
             flat, sources = others.reshape(-1, others.shape[-1]), len(others)
             queries = _by_head(normal, query * norm, size)
             keys, values = _by_head(flat, torch.cat((key, value)), size).chunk(2)
-        shape = heads, sources, len(flat) // sources, size
+        shape = layout.heads * sources, len(flat) // sources, size
         keys, values = keys.view(shape), values.view(shape)
-        queries = _folded(queries.view(heads, rows, length, size), sources, layout)
-        probabilities, found = attend(queries, keys, values, bias, mask, layout.scale)
-        joined = _joined(found, rows, layout)
+        queries = _folded(queries, rows, sources, layout)
+        probabilities, found = attend(queries, keys, values, bias, mask, layout.scale, layout.heads)
+        joined = _joined(found, rows, sources, layout)
         ctx.save_for_backward(
             normal, rate, flat, queries, keys, values, probabilities, joined, norm, query, key, value, outer
         )
@@ -172,17 +173,19 @@ class AttentionLayer(torch.autograd.Function):
         """Gradients of states, other states, the norm's weights, the four matrices and the bias."""
         normal, rate, flat, queries, keys, values, probabilities, joined, *weights = ctx.saved_tensors
         norm, query, key, value, outer = weights
-        layout, wanted, (rows, length, _) = ctx.layout, ctx.needs_input_grad, gradient.shape
+        layout, wanted, rows = ctx.layout, ctx.needs_input_grad, len(gradient)
         given = gradient.reshape(normal.shape)
         of_outer = torch.mm(given.t(), joined) if wanted[6] else None
-        of_found = _by_head(given, outer.t(), queries.shape[-1]).view(layout.heads, rows, length, -1)
-        of_found = _folded(of_found, queries.shape[1], layout)
+        sources = len(keys) // layout.heads
+        of_found = _folded(_by_head(given, outer.t(), queries.shape[-1]), rows, sources, layout)
         # One piece, so that what belongs to keys and values, or to all three, is one matrix afterwards.
         of_all = queries.new_empty(queries.numel() + 2 * keys.numel())
         of_queries = of_all[: queries.numel()].view(queries.shape)
         of_keys, of_values = of_all[queries.numel() :].view(2, *keys.shape)
         of_each = of_queries, of_keys, of_values
-        of_bias = attend_backward(of_found, queries, keys, values, probabilities, layout.scale, of_each, wanted[7])
+        of_bias = attend_backward(
+            of_found, queries, keys, values, probabilities, layout.scale, layout.heads, of_each, wanted[7]
+        )
         of_matrices = any(wanted[2:6])
         if ctx.itself:
             matrix = torch.cat((query, key, value))
@@ -192,48 +195,88 @@ class AttentionLayer(torch.autograd.Function):
             of_others = None
         else:
             matrix = query
-            of_heads = _joined(of_queries, rows, layout)
+            of_heads = _joined(of_queries, rows, sources, layout)
             of_norm, of_query = _of_weights(of_heads, normal, norm, query, of_matrices)
             both = of_all[queries.numel() :].view(2, layout.heads, len(flat), -1)
             both = both.permute(2, 0, 1, 3).reshape(len(flat), -1)
             of_key, of_value = torch.mm(both.t(), flat).split(len(key)) if of_matrices else (None, None)
-            of_others = (
-                torch.mm(both, torch.cat((key, value))).view(keys.shape[1], -1, flat.shape[1]) if wanted[1] else None
-            )
+            of_others = torch.mm(both, torch.cat((key, value))).view(sources, -1, flat.shape[1]) if wanted[1] else None
         of_states = _of_states(given, of_heads, matrix * norm, normal, rate).view(gradient.shape) if wanted[0] else None
         return of_states, of_others, of_norm, of_query, of_key, of_value, of_outer, of_bias, None, None
 
 
+def attention_without_gradient(
+    states: Tensor,
+    others: Tensor | None,
+    norm: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    outer: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    layout: Layout,
+) -> Tensor:
+    """``AttentionLayer`` where no gradient is wanted: the same arguments and numbers, by PyTorch's fused attention."""
+    normal, _ = _normalized(states, layout.epsilon)
+    (rows, length, _), heads = states.shape, layout.heads
+    if others is None:
+        together = torch.mm(normal, (torch.cat((query, key, value)) * norm).t())
+        queries, keys, values = together.view(rows, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        sources = rows
+    else:
+        sources, wide, _ = others.shape
+        together = torch.mm(others.reshape(sources * wide, -1), torch.cat((key, value)).t())
+        keys, values = together.view(sources, wide, 2, heads, -1).permute(2, 0, 3, 1, 4)
+        queries = torch.mm(normal, (query * norm).t())
+        if layout.sample_major:
+            queries = queries.view(-1, sources, length, heads, keys.shape[-1]).permute(1, 3, 0, 2, 4).flatten(2, 3)
+        else:
+            queries = queries.view(sources, -1, heads, keys.shape[-1]).transpose(1, 2)
+    allowed = bias
+    if mask is not None:
+        lowest = torch.finfo(states.dtype).min
+        allowed = torch.where(mask, states.new_zeros(()) if bias is None else bias, lowest)
+    found = scaled_dot_product_attention(queries, keys, values, attn_mask=allowed, scale=layout.scale).transpose(1, 2)
+    if layout.sample_major and others is not None:
+        found = found.unflatten(1, (-1, length)).transpose(0, 1)
+    return torch.addmm(states.reshape(normal.shape), found.reshape(len(normal), -1), outer.t()).view(states.shape)
+
+
 def attend(
-    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
+    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, heads: int
 ) -> tuple[Tensor, Tensor]:
     """softmax(s·QKᵀ + b) and its product with V, a few rows at a time, while their scores are in the cache.
 
     Args:
-        queries: (A, B, L, D), in one piece of memory, as ``keys`` and ``values``.
-        keys: (A, B, S, D).
-        values: (A, B, S, D).
+        queries: (A·B, L, D), in one piece of memory, as ``keys`` and ``values``.
+        keys: (A·B, S, D).
+        values: (A·B, S, D).
         bias: (1, A, L, S) or None.
         mask: (B or 1, 1, 1 or L, S), False where nothing is to be attended to; or None.
         scale: s.
+        heads: A.
 
     Returns:
-        Probabilities (A, B, L, S) and the product (A, B, L, D).
+        Probabilities (A·B, L, S) and the product (A·B, L, D).
     """
-    probabilities = queries.new_empty(*queries.shape[:3], keys.shape[2])
+    probabilities = queries.new_empty(*queries.shape[:2], keys.shape[1])
     found = torch.empty_like(queries)
-    for part in _parts(probabilities):
+    transposed = keys.transpose(1, 2)
+    for part, of_heads, of_rows in _parts(probabilities, heads):
         scores = probabilities[part]
-        torch.bmm(_flat(queries[part]), _flat(keys[part]).transpose(1, 2), out=_flat(scores))
+        torch.bmm(queries[part], transposed[part], out=scores)
         if scale != 1.0:
             scores.mul_(scale)
-        if bias is not None:
-            scores.add_(bias[0, part[0], None])
-        if mask is not None:
-            allowed = (mask[part[1]] if len(mask) > 1 else mask).transpose(0, 1)
-            scores.masked_fill_(~allowed, torch.finfo(scores.dtype).min)
+        if bias is not None or mask is not None:
+            by_head = scores.view(of_heads.stop - of_heads.start, -1, *scores.shape[1:])
+            if bias is not None:
+                by_head.add_(bias[0, of_heads, None])
+            if mask is not None:
+                allowed = (mask[of_rows] if len(mask) > 1 else mask).transpose(0, 1)
+                by_head.masked_fill_(~allowed, torch.finfo(scores.dtype).min)
         torch.softmax(scores, -1, out=scores)
-        torch.bmm(_flat(scores), _flat(values[part]), out=_flat(found[part]))
+        torch.bmm(scores, values[part], out=found[part])
     return probabilities, found
 
 
@@ -244,18 +287,20 @@ def attend_backward(
     values: Tensor,
     probabilities: Tensor,
     scale: float,
+    heads: int,
     of_each: tuple[Tensor, Tensor, Tensor],
     bias_wanted: bool,
 ) -> Tensor | None:
     """Gradients of ``attend``: dV = PᵀG, dS = P∘(GVᵀ − rowsum(P∘GVᵀ)), dQ = s·dS·K, dK = s·dSᵀQ, db = Σ_B dS.
 
     Args:
-        given: G (A, B, L, D), that of the product.
-        queries: as ``attend`` was given them, with ``keys``, ``values`` and ``scale``.
-        keys: (A, B, S, D).
-        values: (A, B, S, D).
-        probabilities: P (A, B, L, S).
+        given: G (A·B, L, D), that of the product.
+        queries: as ``attend`` was given them, with ``keys``, ``values``, ``scale`` and ``heads``.
+        keys: (A·B, S, D).
+        values: (A·B, S, D).
+        probabilities: P (A·B, L, S).
         scale: s.
+        heads: A.
         of_each: written to: the gradients of queries, keys and values, of their shapes.
         bias_wanted: whether that of the bias is.
 
@@ -263,16 +308,17 @@ def attend_backward(
         The gradient of the bias (1, A, L, S), or None.
     """
     of_queries, of_keys, of_values = of_each
-    of_bias = probabilities.new_zeros(len(queries), *probabilities.shape[2:]) if bias_wanted else None
-    for part in _parts(probabilities):
-        chosen, of_part = probabilities[part], _flat(given[part])
-        torch.bmm(_flat(chosen).transpose(1, 2), of_part, out=_flat(of_values[part]))
-        scores = torch.bmm(of_part, _flat(values[part]).transpose(1, 2)).view(chosen.shape)
+    of_bias = probabilities.new_zeros(heads, *probabilities.shape[1:]) if bias_wanted else None
+    transposed = values.transpose(1, 2)
+    for part, of_heads, _ in _parts(probabilities, heads):
+        chosen, of_part = probabilities[part], given[part]
+        torch.bmm(chosen.transpose(1, 2), of_part, out=of_values[part])
+        scores = torch.bmm(of_part, transposed[part])
         torch.ops.aten._softmax_backward_data.out(scores, chosen, -1, chosen.dtype, grad_input=scores)
         if of_bias is not None:
-            of_bias[part[0]] += scores.sum(1) if scores.shape[1] > 1 else scores[:, 0]
-        torch.bmm(_flat(scores), _flat(keys[part]), out=_flat(of_queries[part]))
-        torch.bmm(_flat(scores).transpose(1, 2), _flat(queries[part]), out=_flat(of_keys[part]))
+            of_bias[of_heads] += scores.view(of_heads.stop - of_heads.start, -1, *scores.shape[1:]).sum(1)
+        torch.bmm(scores, keys[part], out=of_queries[part])
+        torch.bmm(scores.transpose(1, 2), queries[part], out=of_keys[part])
     if scale != 1.0:
         of_queries.mul_(scale)
         of_keys.mul_(scale)
@@ -283,7 +329,7 @@ def _normalized(states: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """(N, H) rows of root mean square 1, and (N, 1) what they were multiplied by."""
     flat = states.reshape(-1, states.shape[-1])
     rate = torch.linalg.vector_norm(flat, dim=-1, keepdim=True)
-    rate.square_().div_(flat.shape[-1]).add_(epsilon).rsqrt_()
+    rate = torch.addcmul(rate.new_tensor(epsilon), rate, rate, value=1 / flat.shape[-1]).rsqrt_()
     return flat * rate, rate
 
 
@@ -294,14 +340,15 @@ def _of_weights(
     if not wanted:
         return None, None
     of_both = torch.mm(given.t(), normal)
-    return torch.linalg.vecdot(of_both, matrix, dim=0), of_both.mul_(norm)
+    return (of_both * matrix).sum(0), of_both.mul_(norm)
 
 
 def _of_states(residual: Tensor, given: Tensor, matrix: Tensor, normal: Tensor, rate: Tensor) -> Tensor:
     """Gradient of a layer's states (N, H): that of the residual, and that which comes back through matrix and norm."""
     of_normal = torch.mm(given, matrix)
-    mean = torch.linalg.vecdot(of_normal, normal).div_(normal.shape[-1])[:, None]
-    return torch.addcmul(residual, of_normal.addcmul_(normal, mean, value=-1), rate, out=of_normal)
+    total = (of_normal * normal).sum(-1, keepdim=True)
+    of_normal.addcmul_(normal, total, value=-1 / normal.shape[-1])
+    return torch.addcmul(residual, of_normal, rate, out=of_normal)
 
 
 def _by_head(states: Tensor, matrix: Tensor, size: int) -> Tensor:
@@ -310,34 +357,33 @@ def _by_head(states: Tensor, matrix: Tensor, size: int) -> Tensor:
     return torch.bmm(states.expand(len(by_head), -1, -1), by_head)
 
 
-def _folded(heads: Tensor, sources: int, layout: Layout) -> Tensor:
-    """(A, R, L, D) of R = K·B rows as (A, B, K·L, D): all queries of a source beside each other."""
-    count, rows, length, size = heads.shape
-    if rows == sources:
-        return heads
-    if layout.sample_major:
-        heads = heads.view(count, rows // sources, sources, length, size).transpose(1, 2)
-    return heads.reshape(count, sources, -1, size)
+def _folded(heads: Tensor, rows: int, sources: int, layout: Layout) -> Tensor:
+    """(A, R·L, D) of R = K·B rows as (A·B, K·L, D): all queries of a source beside each other."""
+    if layout.sample_major and rows != sources:
+        apart = heads.view(layout.heads, rows // sources, sources, -1, heads.shape[-1])
+        return apart.transpose(1, 2).reshape(layout.heads * sources, -1, heads.shape[-1])
+    return heads.view(layout.heads * sources, -1, heads.shape[-1])
 
 
-def _joined(folded: Tensor, rows: int, layout: Layout) -> Tensor:
-    """(A, B, K·L, D) as (R·L, A·D), rows in their own order again."""
-    count, sources, _, size = folded.shape
-    if rows == sources or not layout.sample_major:
-        return folded.view(count, -1, size).transpose(0, 1).reshape(-1, count * size)
-    apart = folded.view(count, sources, rows // sources, -1, size)
-    return apart.permute(2, 1, 3, 0, 4).reshape(-1, count * size)
+def _joined(folded: Tensor, rows: int, sources: int, layout: Layout) -> Tensor:
+    """(A·B, K·L, D) as (R·L, A·D), rows in their own order again."""
+    size = folded.shape[-1]
+    if layout.sample_major and rows != sources:
+        apart = folded.view(layout.heads, sources, rows // sources, -1, size)
+        return apart.permute(2, 1, 3, 0, 4).reshape(-1, layout.heads * size)
+    return folded.view(layout.heads, -1, size).transpose(0, 1).reshape(-1, layout.heads * size)
 
 
-def _flat(heads: Tensor) -> Tensor:
-    """(A, B, …) as (A·B, …), the same memory."""
-    return heads.view(-1, *heads.shape[2:])
-
-
-def _parts(scores: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Heads and rows of scores (A, B, L, S) that are worked on at once: several whole heads, or some rows of one."""
-    count, rows = scores.shape[:2]
-    together, size = max(1, _PART // scores[0].numel()), max(1, _PART // scores[0, 0].numel())
-    for head in range(0, count, together):
-        for row in range(0, rows, size):
-            yield slice(head, head + together), slice(row, row + size)
+def _parts(scores: Tensor, heads: int) -> Iterator[tuple[Any, slice, slice]]:
+    """Parts of scores (A·B, L, S) to be worked on at once, with their heads and rows: several heads, or rows of one."""
+    rows = len(scores) // heads
+    if scores.numel() <= _PART:
+        yield ..., slice(0, heads), slice(0, rows)
+        return
+    size = max(1, _PART // scores[0].numel())
+    together, step = max(1, size // rows), min(size, rows)
+    for head in range(0, heads, together):
+        end = min(head + together, heads)
+        for row in range(0, rows, step):
+            stop = min(row + step, rows)
+            yield slice(head * rows + row, (end - 1) * rows + stop), slice(head, end), slice(row, stop)

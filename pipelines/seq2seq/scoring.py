@@ -118,8 +118,12 @@ def score_in_one_pass(model: nn.Module, outputs: tuple[str, ...] = ()) -> None:
         states = self.base_model(**inputs | {"use_cache": False}).last_hidden_state
         head, labels = self.get_output_embeddings(), labels[:, 1:]
         mask = labels != -100
-        scores = TokenScores.apply(states[mask], head.weight, head.bias, labels[mask], outputs)
-        spread = [None if s is None else s.new_zeros(mask.shape).masked_scatter(mask, s) for s in scores]
+        if mask.all():
+            scores = TokenScores.apply(states.flatten(0, 1), head.weight, head.bias, labels.flatten(), outputs)
+            spread = [None if s is None else s.view(mask.shape) for s in scores]
+        else:
+            scores = TokenScores.apply(states[mask], head.weight, head.bias, labels[mask], outputs)
+            spread = [None if s is None else s.new_zeros(mask.shape).masked_scatter(mask, s) for s in scores]
         log_probs, entropy, squares, mean, top = spread
         return FusedCausalLMOutput(
             loss=-log_probs.sum() / (mask.sum().clamp(min=1) if count is None else count),

@@ -8,7 +8,13 @@ import torch
 from torch.nn.functional import rms_norm
 
 from pipelines.seq2seq import lean_math
-from pipelines.seq2seq.lean_math import AttentionLayer, FeedForwardLayer, Layout, RootMeanSquareNorm
+from pipelines.seq2seq.lean_math import (
+    AttentionLayer,
+    FeedForwardLayer,
+    Layout,
+    RootMeanSquareNorm,
+    attention_without_gradient,
+)
 
 EPSILON = 1e-6
 
@@ -91,6 +97,8 @@ def test_the_attention_layer(monkeypatch, part, cross, copies, order):
         assert torch.autograd.gradcheck(function, given, fast_mode=True)
         found, wanted = AttentionLayer.apply(*given, mask, layout), by_formula(*given, mask, layout)
         torch.testing.assert_close(found, wanted)
+        with torch.no_grad():
+            torch.testing.assert_close(attention_without_gradient(*given, mask, layout), wanted)
 
 
 @pytest.mark.parametrize("wanted", range(8))

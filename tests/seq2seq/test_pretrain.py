@@ -183,7 +183,7 @@ def test_resume_is_exact(configure, monkeypatch, stop):
 
 def test_best_weights_are_kept(configure):
     """A rate that ruins the model after its first evaluations: what is kept is what was best."""
-    changes = {"lr_scheduler": "constant", "warmup_ratio": 0.0, "best": "loss", "max_steps": 12, "learning_rate": 1.0}
+    changes = {"lr_scheduler": "constant", "warmup_ratio": 0.0, "best": "loss", "max_steps": 12, "learning_rate": 3.0}
     best, last = configure("best", keep="best", **changes), configure("last", **changes, eval_steps=4)
     kept, ended = pretrain(best), pretrain(last)
     losses = [entry["eval_loss"] for entry in _history(last) if "eval_loss" in entry][:-1]
