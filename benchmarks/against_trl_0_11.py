@@ -200,16 +200,17 @@ def table(results: dict[str, Any]) -> Iterator[str]:
             both = " | ".join(f"{row[n]['peak_mb']:.0f} ({row[n]['above_imports_mb']:.0f})" for n in SIDES)
             ratio = row["memory_ratio"]
             yield f"| {row['shape']} | {row['title']} | {both} | {ratio:.2f} | ≤ 1 | {_word(ratio <= 1)} |"
-    yield ""
-    parts = ("generate", "reference", "reward", "epochs")
-    yield from _head("what", "rollout, s", *parts, "ratio (min–max)", "target", "met")
-    for row in results["rows"]:
-        if "peer" not in row:
-            seconds, ratio = " | ".join(f"{value:.3f}" for value in row["seconds"].values()), row["ratio"]
-            yield (
-                f"| {row['shape']} | {row['title']} | {seconds} | **{ratio['median']:.2f}** "
-                f"({ratio['min']:.2f}–{ratio['max']:.2f}) | ≤ {row['target']} | {_word(row['met'])} |"
-            )
+    own = [row for row in results["rows"] if "peer" not in row]
+    if own:
+        yield ""
+        parts = ("generate", "reference", "reward", "epochs")
+        yield from _head("what", "rollout, s", *parts, "ratio (min–max)", "target", "met")
+    for row in own:
+        seconds, ratio = " | ".join(f"{value:.3f}" for value in row["seconds"].values()), row["ratio"]
+        yield (
+            f"| {row['shape']} | {row['title']} | {seconds} | **{ratio['median']:.2f}** "
+            f"({ratio['min']:.2f}–{ratio['max']:.2f}) | ≤ {row['target']} | {_word(row['met'])} |"
+        )
 
 
 def _head(*names: str) -> Iterator[str]:
