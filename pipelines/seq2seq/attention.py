@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +128,7 @@ AttentionMaskInterface.register(_NAME, sdpa_mask)
 @contextmanager
 def attention(module: nn.Module, name: str) -> Iterator[None]:
     """Within, a model attends by the attention function that is registered under ``name``."""
-    configs = _found(module).configs
+    configs = list({id(c): c for m in _walked(module) if (c := m.__dict__.get("config")) is not None}.values())
     before = [config._attn_implementation_internal for config in configs]
     try:
         for config in configs:
@@ -148,7 +148,7 @@ def biased_attention(module: nn.Module) -> Iterator[None]:
     wanted = (
         torch.is_grad_enabled()
         and getattr(getattr(module, "config", None), "_attn_implementation", None) == "sdpa"
-        and _found(module).learned_bias
+        and _has_learned_bias(module)
         and next(module.parameters()).device.type == "cpu"
         and not recomputes(module)
     )
@@ -159,24 +159,25 @@ def biased_attention(module: nn.Module) -> Iterator[None]:
         yield
 
 
+def _has_learned_bias(module: nn.Module) -> bool:
+    if "_has_learned_bias" not in module.__dict__:
+        found = any(getattr(m, "has_relative_attention_bias", False) for m in module.modules())
+        module.__dict__["_has_learned_bias"] = found
+    return module.__dict__["_has_learned_bias"]
+
+
 def recomputes(module: nn.Module) -> bool:
     """Whether activations are recomputed in the backward pass (gradient checkpointing)."""
-    return any(m.gradient_checkpointing and m.training for m in _found(module).checkpointed)
+    return any(m.training and m.__dict__.get("gradient_checkpointing") for m in _walked(module))
 
 
-class _Found(NamedTuple):
-    configs: list[Any]
-    checkpointed: list[nn.Module]
-    learned_bias: bool
+def _walked(module: nn.Module) -> list[nn.Module]:
+    """All parts of a module and itself, some perhaps twice.
 
-
-def _found(module: nn.Module) -> _Found:
-    """What a module's parts say of its attention; looked up once, as it is asked for several times a step."""
-    if "_attention_found" not in module.__dict__:
-        parts = list(module.modules())
-        module.__dict__["_attention_found"] = _Found(
-            list({id(c): c for m in parts if (c := getattr(m, "config", None)) is not None}.values()),
-            [m for m in parts if hasattr(m, "gradient_checkpointing")],
-            any(getattr(m, "has_relative_attention_bias", False) for m in parts),
-        )
-    return module.__dict__["_attention_found"]
+    This is asked for several times a step, and ``modules()`` takes much longer. What is found is not kept: adapters put
+    new parts in the place of old ones.
+    """
+    found = [module]
+    for part in found:
+        found.extend(child for child in part._modules.values() if child is not None)
+    return found

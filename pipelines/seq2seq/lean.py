@@ -2,9 +2,10 @@
 
 transformers writes a layer as a chain of small operations: a root-mean-square norm alone is about twenty passes over
 the states, forward and backward, and attention copies queries, keys, values and each of their gradients into another
-order. Small models spend a third of a step there. Here the same numbers come from one function a layer with a gradient
-of its own: the norm's weights go into the matrices behind it, heads are computed in the order in which attention reads
-them, the residual is added where the last product is written, and what nobody else sees is worked on in place.
+order; a small model's step is as much of this as of matrix products. Here the same numbers come from one function a
+layer with a gradient of its own: the norm's weights go into the matrices behind it, heads are computed in the order in
+which attention reads them, the residual is added where the last product is written, and what nobody else sees is worked
+on in place.
 
 Like the view this swaps classes in place: parameters and checkpoints stay what they are, and whatever a function does
 not serve (half precision, other devices, dropout, adapters, hooks, caches) goes the model's own way. Which layers are
@@ -252,16 +253,23 @@ def _serves(states: Tensor, weight: Tensor) -> bool:
 
 
 def _is_plain(layer: nn.Module, inner: nn.Module, *names: str, states: Tensor) -> bool:
-    """Whether a layer gives what its own matrices make of the states: no adapter, dropout, hook or autocast."""
-    parts = layer._modules
-    if torch.is_autocast_enabled("cpu") or (
-        layer.training and (parts["dropout"].p or getattr(inner.dropout, "p", inner.dropout))
-    ):
-        return False
-    matrices = [inner._modules[name] for name in names]
-    return all(type(matrix) is nn.Linear and _serves(states, matrix.weight) for matrix in matrices) and not any(
-        part._forward_hooks or part._forward_pre_hooks for part in (inner, parts["layer_norm"], *matrices)
+    """Whether a layer gives what its own weights make of the states: no adapter, dropout, hook or autocast."""
+    norm, matrices = layer._modules["layer_norm"], [inner._modules.get(name) for name in names]
+    return (
+        not torch.is_autocast_enabled("cpu")
+        # An adapter may stand in the place of any part, or of all of `inner`.
+        and isinstance(norm, LeanNorm)
+        and all(type(matrix) is nn.Linear and _serves(states, matrix.weight) for matrix in matrices)
+        and _serves(states, norm.weight)
+        and not (layer.training and (layer.dropout.p or getattr(inner.dropout, "p", inner.dropout)))
+        and not any(map(_is_watched, (inner, norm, *matrices)))
     )
+
+
+def _is_watched(part: nn.Module) -> bool:
+    """Whether calling a module does more than its class says, so that it has to be called."""
+    hooks = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+    return bool(hooks) or "forward" in part.__dict__
 
 
 def _consists_of(module: nn.Module, inner: str, *names: str) -> bool:

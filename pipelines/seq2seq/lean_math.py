@@ -223,7 +223,6 @@ def attention_without_gradient(
     if others is None:
         together = torch.mm(normal, (torch.cat((query, key, value)) * norm).t())
         queries, keys, values = together.view(rows, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
-        sources = rows
     else:
         sources, wide, _ = others.shape
         together = torch.mm(others.reshape(sources * wide, -1), torch.cat((key, value)).t())

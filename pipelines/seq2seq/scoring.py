@@ -50,12 +50,12 @@ class TokenScores(torch.autograd.Function):
         chosen = log_probs.gather(1, tokens[:, None])[:, 0]
         entropy = squares = top = None
         if "is_top1" in outputs:
-            # Its place would take nine times as long; several that are the largest all count.
+            # Not by argmax, which is slow; several that are the largest all count.
             top = logits.gather(1, tokens[:, None])[:, 0] == logits.amax(-1)
         if "log_sum_sq_probs" in outputs:
             squares = torch.logsumexp(2 * log_probs, -1)
         del logits
-        probabilities = log_probs.exp()
+        probabilities = log_probs.exp() if "entropy" in outputs or any(ctx.needs_input_grad) else None
         if "entropy" in outputs:
             entropy = torch.linalg.vecdot(probabilities, log_probs).neg_()
         ctx.save_for_backward(states, weight, probabilities, tokens)

@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+from peft import IA3Config, LNTuningConfig, LoraConfig, get_peft_model
 from tiny_models import tiny
 from transformers import DynamicCache, T5Config
 from transformers.models.t5.modeling_t5 import T5LayerCrossAttention, T5LayerFF, T5LayerNorm, T5LayerSelfAttention
@@ -20,7 +21,8 @@ from pipelines.seq2seq.lean import (
     mixin_for,
 )
 from pipelines.seq2seq.lean_math import AttentionLayer, FeedForwardLayer
-from pipelines.seq2seq.view import as_view
+from pipelines.seq2seq.shared_attention import can_share
+from pipelines.seq2seq.view import as_view, encode, sequence_log_probs, silence_dropout
 
 WIDTH, LENGTH, WIDE = 6, 4, 5
 
@@ -144,14 +146,64 @@ def test_what_it_does_not_serve_goes_the_models_own_way(monkeypatch, kind):
     its_own_way(swapped)
     getattr(inner, name).__class__ = torch.nn.Linear
     seen = []
-    handle = getattr(inner, name).register_forward_pre_hook(lambda module, args: seen.append(1))
+    for watch in ("register_forward_pre_hook", "register_forward_hook", "register_full_backward_hook"):
+        handle = getattr(getattr(inner, name), watch)(lambda *_: seen.append(1))
+        result = its_own_way(swapped)
+        (result[0] if isinstance(result, tuple) else result).sum().backward()
+        assert seen
+        handle.remove()
+        seen.clear()
+    matrix = getattr(inner, name)
+    own = matrix.forward
+    matrix.forward = lambda states: seen.append(1) or own(states)
     its_own_way(swapped)
     assert seen
-    handle.remove()
+    del matrix.forward
     if kind is not LeanFeedForward:
         its_own_way(swapped, past_key_values=DynamicCache())
     swapped(**given)
     assert calls.keys() & {"FeedForwardLayer", "AttentionLayer"}
+
+
+ADAPTERS = {
+    **{
+        f"lora-beside-{name}": LoraConfig(
+            r=2, target_modules=["q", "v"], modules_to_save=[name], task_type="SEQ_2_SEQ_LM"
+        )
+        for name in ("SelfAttention", "EncDecAttention", "DenseReluDense", "layer_norm", "wo")
+    },
+    "norms": LNTuningConfig(target_modules=["layer_norm"], task_type="SEQ_2_SEQ_LM"),
+    "ia3": IA3Config(task_type="SEQ_2_SEQ_LM"),
+}
+
+
+def adapted_loss_and_gradients(adapter):
+    torch.manual_seed(0)
+    view = silence_dropout(as_view(tiny("t5"))).train()
+    can_share(view)  # as trainers do, before there is an adapter
+    model = get_peft_model(view, copy.deepcopy(adapter))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    ids, completions = (torch.randint(3, 50, shape, generator=generator) for shape in ((3, 7), (6, 5)))
+    real = torch.ones_like
+    states = encode(model, ids, real(ids))
+    found = sequence_log_probs(model, states, real(ids), completions, real(completions), order="sample-major")
+    found.sum().backward()
+    return found.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
+def test_an_adapter_may_stand_in_the_place_of_any_part(monkeypatch, adapter):
+    found, gradients = adapted_loss_and_gradients(adapter)
+    monkeypatch.setattr(lean, "LEAN", ())
+    wanted, wanted_gradients = adapted_loss_and_gradients(adapter)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    assert gradients.keys() == wanted_gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, wanted_gradients[name], rtol=1e-4, atol=1e-4, msg=name)
 
 
 def test_layers_that_only_look_alike_are_left_alone():

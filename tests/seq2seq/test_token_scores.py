@@ -32,11 +32,11 @@ def test_its_gradients_are_right():
     assert top.tolist() == [row.argmax().item() == token for row, token in zip(logits, tokens, strict=True)]
 
 
-def batch():
+def batch(full=False):
     generator = torch.Generator().manual_seed(1)
     source = torch.randint(3, 50, (2, 6), generator=generator)
     ids = torch.randint(3, 50, (4, 5), generator=generator)
-    mask = (torch.arange(5) < torch.tensor([[5], [3], [2], [4]])).long()
+    mask = (torch.arange(5) < torch.tensor([[5]] * 4 if full else [[5], [3], [2], [4]])).long()
     labels = ids.masked_fill(mask == 0, -100)
     labels[:, 0] = -100
     source_mask = torch.ones_like(source)
@@ -45,8 +45,9 @@ def batch():
     return {"input_ids": ids, "attention_mask": mask, "labels": labels, **sources}
 
 
+@pytest.mark.parametrize("full", [False, True], ids=["ragged", "of-one-length"])
 @pytest.mark.parametrize("family", ["t5", "bart", "marian"])
-def test_trls_head_gives_the_same(monkeypatch, family):
+def test_trls_head_gives_the_same(monkeypatch, family, full):
     theirs = silence_dropout(as_view(tiny(family))).train()
     ours = copy.deepcopy(theirs)
     used = []
@@ -55,7 +56,7 @@ def test_trls_head_gives_the_same(monkeypatch, family):
     for model in (theirs, ours):
         add_fused_lm_head(model, outputs=("log_probs", *OUTPUTS))
     score_in_one_pass(ours, OUTPUTS)
-    found = [model(**batch(), fused_lm_head=True, use_cache=False) for model in (theirs, ours)]
+    found = [model(**batch(full), fused_lm_head=True, use_cache=False) for model in (theirs, ours)]
     assert len(used) == 1
     for name in ("loss", "log_probs", "entropy", "log_sum_sq_probs", "mean_logits"):
         first, second = (getattr(result, name) for result in found)
