@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, Features, List, Value
@@ -289,13 +290,27 @@ class GroupedByLength:
 def pair_lengths(pairs: Dataset) -> list[int]:
     """Tokens of each tokenized pair: of its source, where that is text, and of both completions."""
     columns = [column for column in PAIR_COLUMNS if column in pairs.column_names]
-    return np.sum([list_lengths(pairs, column) for column in columns], axis=0).tolist()
+    return token_counts(pairs, columns).tolist()
 
 
-def list_lengths(examples: Dataset, column: str) -> np.ndarray:
-    """(N,) lengths of a column's lists, none of which becomes a list of Python's."""
-    chosen = examples.with_format("arrow").select_columns(column)[:]
-    return pc.list_value_length(chosen[column]).to_numpy()
+def token_counts(examples: Dataset, columns: Sequence[str]) -> np.ndarray:
+    """(N,) ids that each example has in these columns, none of which becomes a list of Python's.
+
+    Args:
+        examples: N of them.
+        columns: of lists of ids, or of lists of such lists.
+    """
+    table = examples.with_format("arrow").select_columns(list(columns))[:]
+    counts = np.zeros(len(examples), dtype=np.int64)
+    for column in columns:
+        lists = table[column].combine_chunks()
+        lengths = pc.list_value_length(lists).to_numpy()
+        if pa.types.is_list(lists.type.value_type):
+            ends = np.concatenate([[0], np.cumsum(pc.list_value_length(pc.list_flatten(lists)).to_numpy())])
+            places = np.concatenate([[0], np.cumsum(lengths)])
+            lengths = np.diff(ends[places])
+        counts += lengths
+    return counts
 
 
 def tokenize_pairs(

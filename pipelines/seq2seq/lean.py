@@ -8,8 +8,9 @@ which attention reads them, the residual is added where the last product is writ
 on in place.
 
 Like the view this swaps classes in place: parameters and checkpoints stay what they are, and whatever a function does
-not serve (half precision, other devices, dropout, adapters, hooks, caches) goes the model's own way. Which layers are
-of the kind is found by trial on a few numbers, not by name.
+not serve (half precision, other devices, dropout, adapters, hooks, caches) goes the model's own way. So does what the
+model's own forward runs without gradients: generation and evaluation give the plain class's numbers to the bit. Which
+layers are of the kind is found by trial on a few numbers, not by name.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pipelines.seq2seq.lean_math import (
     RootMeanSquareNorm,
     attention_without_gradient,
 )
-from pipelines.seq2seq.stacks import SHARED_ORDER
+from pipelines.seq2seq.stacks import OWN_PASS, SHARED_ORDER
 
 
 class _Lean(nn.Module):
@@ -253,10 +254,11 @@ def _serves(states: Tensor, weight: Tensor) -> bool:
 
 
 def _is_plain(layer: nn.Module, inner: nn.Module, *names: str, states: Tensor) -> bool:
-    """Whether a layer gives what its own weights make of the states: no adapter, dropout, hook or autocast."""
+    """Whether nothing but a layer's own weights has a say: no adapter, dropout, hook or autocast."""
     norm, matrices = layer._modules["layer_norm"], [inner._modules.get(name) for name in names]
     return (
-        not torch.is_autocast_enabled("cpu")
+        (torch.is_grad_enabled() or OWN_PASS.get())
+        and not torch.is_autocast_enabled("cpu")
         # An adapter may stand in the place of any part, or of all of `inner`.
         and isinstance(norm, LeanNorm)
         and all(type(matrix) is nn.Linear and _serves(states, matrix.weight) for matrix in matrices)

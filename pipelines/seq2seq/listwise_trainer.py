@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipelines.seq2seq.collators import check_reads_text, pad_rows
+from pipelines.seq2seq.collators import check_reads_text, pad_rows, token_counts
 from pipelines.seq2seq.dpo_trainer import EncoderDecoderDPOTrainer
 from pipelines.seq2seq.losses import plackett_luce_loss, ranking_agreement, sequence_sum
 from pipelines.seq2seq.training import LengthConfig, tokenize_sources, tokenize_targets
@@ -88,10 +88,7 @@ class ListwiseDPOTrainer(EncoderDecoderDPOTrainer):
         super().__init__(model, *arguments, **options)
 
     def _lengths(self, dataset: Dataset) -> list[int]:
-        return [
-            len(source) + sum(map(len, completions))
-            for source, completions in zip(dataset["prompt_ids"], dataset["completion_ids"], strict=True)
-        ]
+        return token_counts(dataset, ("prompt_ids", "completion_ids")).tolist()
 
     def _set_signature_columns_if_needed(self) -> None:
         # The columns that the Trainer leaves in the set.

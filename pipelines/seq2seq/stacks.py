@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal
 
@@ -24,6 +26,9 @@ unequal numbers of rows, an (R,) tensor of source numbers takes its place."""
 
 SHARED_ORDER: ContextVar[Order | None] = ContextVar("order", default=None)
 """The order in which attention is given K·B rows of queries for B of keys at the moment; None where it is not."""
+
+OWN_PASS: ContextVar[bool] = ContextVar("own_pass", default=False)
+"""Whether a stack is run by this file at the moment, and not by the model's own forward, as ``generate`` runs it."""
 
 
 def unwrap(model: Any) -> PreTrainedModel:
@@ -89,8 +94,17 @@ def run_encoder(model: PreTrainedModel, inputs: dict[str, Tensor | None]) -> Ten
     if unknown:
         problem = f"is nothing that the encoder of {type(model).__name__} reads"
         raise UserError("sources", unknown[0], problem, f"give {source_name(model)} alone")
-    with biased_attention(encoder):
+    with biased_attention(encoder), _own_pass():
         return projected(model, encoder(**known).last_hidden_state)
+
+
+@contextmanager
+def _own_pass() -> Iterator[None]:
+    token = OWN_PASS.set(True)
+    try:
+        yield
+    finally:
+        OWN_PASS.reset(token)
 
 
 def projected(model: PreTrainedModel, states: Tensor) -> Tensor:
@@ -172,7 +186,7 @@ def run_decoder(
         "encoder_attention_mask": states_mask(model, states, source_mask),
         "use_cache": False,
     }
-    with biased_attention(decoder):
+    with biased_attention(decoder), _own_pass():
         result = decoder(**known_arguments(decoder, inputs)).last_hidden_state
     if back is not None:
         result = result.gather(1, back[..., None].expand_as(result))

@@ -10,7 +10,7 @@ from tiny_models import tiny
 from transformers import DynamicCache, T5Config
 from transformers.models.t5.modeling_t5 import T5LayerCrossAttention, T5LayerFF, T5LayerNorm, T5LayerSelfAttention
 
-from pipelines.seq2seq import lean
+from pipelines.seq2seq import lean, stacks
 from pipelines.seq2seq.lean import (
     LeanCrossAttention,
     LeanFeedForward,
@@ -108,15 +108,26 @@ def test_it_is_t5s_layer(monkeypatch, kind, options, masked, scale):
 
 
 @pytest.mark.parametrize(("kind", "options", "masked"), KINDS)
-def test_it_is_t5s_layer_without_gradients(kind, options, masked):
+def test_it_is_t5s_layer_without_gradients(monkeypatch, kind, options, masked):
+    """In our own passes to rounding, by the function for it; in the model's own forward to the bit."""
     plain, given = layer(kind, **options), arguments(kind, masked=masked)
-    swapped = copy.deepcopy(plain)
+    swapped, calls = copy.deepcopy(plain), []
     lean_layers(swapped)
-    with torch.no_grad():
-        wanted, found = (module(**given) for module in (plain, swapped))
-    if isinstance(wanted, tuple):
-        wanted, found = wanted[0], found[0]
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    for function in ("attention_without_gradient", "_feed_forward"):
+        own = getattr(lean, function)
+        monkeypatch.setattr(lean, function, lambda *inputs, own=own: calls.append(1) or own(*inputs))
+
+    def result(module):
+        with torch.no_grad():
+            found = module(**given)
+        return found[0] if isinstance(found, tuple) else found
+
+    wanted = result(plain)
+    assert torch.equal(result(swapped), wanted)
+    assert not calls
+    with stacks._own_pass():
+        torch.testing.assert_close(result(swapped), wanted, rtol=1e-5, atol=1e-5)
+    assert len(calls) == (kind is not LeanNorm)
 
 
 @pytest.mark.parametrize("kind", [LeanFeedForward, LeanSelfAttention, LeanCrossAttention])
@@ -131,6 +142,8 @@ def test_what_it_does_not_serve_goes_the_models_own_way(monkeypatch, kind):
 
     swapped = layer(kind)
     lean_layers(swapped)
+    with torch.no_grad():
+        its_own_way(swapped)
     with torch.autocast("cpu", torch.bfloat16):
         its_own_way(swapped)
     dropped = layer(kind, dropout=0.5).train()

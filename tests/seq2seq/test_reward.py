@@ -8,11 +8,20 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from datasets import Dataset, load_from_disk
 from preference_environment import LENGTHS, same_outcome, stage_settings
 from tiny_models import FAMILIES, save_pairs, tiny, tiny_batch
 
 from pipelines.errors import UserError
-from pipelines.seq2seq.collators import GroupedByLength, LengthGroupedSampler, PairCollator, pad_rows, tokenize_pairs
+from pipelines.seq2seq.collators import (
+    GroupedByLength,
+    LengthGroupedSampler,
+    PairCollator,
+    pad_rows,
+    pair_lengths,
+    token_counts,
+    tokenize_pairs,
+)
 from pipelines.seq2seq.metrics import wilson_interval
 from pipelines.seq2seq.reward import RewardConfig, reward
 from pipelines.seq2seq.reward_model import (
@@ -101,8 +110,6 @@ def test_gradient_of_the_loss_is_the_surprise_times_the_difference_of_score_grad
         [{"prompt_ids": [5, 6, 7, 1], "chosen_ids": [8, 9, 1], "rejected_ids": [10, 11, 12, 13, 1]}]
     )
     arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
-    from datasets import Dataset
-
     rows = Dataset.from_list([{"prompt_ids": [5], "chosen_ids": [1], "rejected_ids": [1]}])
     trainer = RewardTrainer(model, arguments, rows, None, tokenizer)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -124,8 +131,6 @@ def test_gradient_of_the_loss_is_the_surprise_times_the_difference_of_score_grad
 
 
 def test_a_training_step_encodes_each_document_once_for_chosen_and_rejected(tiny_t5, pairs, tokenizer, tmp_path):
-    from datasets import load_from_disk
-
     rows = tokenize_pairs(load_from_disk(str(pairs))["train"], tokenizer, LENGTHS)[0]
     model = EncoderDecoderRewardModel.from_seq2seq(str(tiny_t5), LENGTHS)
     seen = []
@@ -158,8 +163,6 @@ def test_the_stage_learns_and_says_how_sure_it_may_be(trained):
 
 
 def test_the_scorer_reads_texts_as_the_stage_did(trained, pairs):
-    from datasets import load_from_disk
-
     _, output, metrics = trained
     test = load_from_disk(str(pairs))["test"]
     scorer = RewardScorer(str(output), batch_size=7)
@@ -218,8 +221,6 @@ def test_wrong_models_are_refused_in_one_line(tiny_t5, trained, tmp_path):
 @pytest.mark.parametrize(("use_margin", "centre"), [(False, 0.0), (True, 0.0), (False, 0.3), (True, 0.3)])
 def test_the_trainers_loss_is_that_of_llama_2_with_centring(tmp_path, tiny_t5, use_margin, centre):
     """−log σ(r_w − r_l − m) + c (r_w + r_l)²: the margin acts on the difference, the centring on the sum."""
-    from datasets import Dataset
-
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_t5)
     torch.manual_seed(0)
     model = EncoderDecoderRewardModel.from_seq2seq(str(tiny_t5), LengthConfig()).eval()
@@ -303,6 +304,42 @@ def test_batches_have_like_lengths_and_an_order_of_their_own_for_each_epoch():
     assert set(sampler) != set(first)  # others are left out
     means = [np.mean([lengths[i] for i in s]) for s in steps]
     assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.3  # no drift from short to long
+
+
+def test_lengths_count_every_id_of_an_example():
+    rows = [
+        {"prompt_ids": [5, 6, 1], "chosen_ids": [7, 1], "rejected_ids": [1], "lists": [[5, 1], [], [6]]},
+        {"prompt_ids": [1], "chosen_ids": [7, 8, 9, 1], "rejected_ids": [5, 1], "lists": []},
+        {"prompt_ids": [], "chosen_ids": [1], "rejected_ids": [4, 1], "lists": [[1, 2, 3]]},
+    ]
+    examples = Dataset.from_list([*rows, *rows])
+    assert pair_lengths(examples) == [6, 7, 3] * 2
+    assert pair_lengths(examples.remove_columns("prompt_ids").select([2, 0])) == [3, 3]
+    assert token_counts(examples, ("prompt_ids", "lists")).tolist() == [6, 1, 3] * 2
+    assert token_counts(examples.select([4, 3]), ("lists",)).tolist() == [0, 3]
+
+
+def test_operations_are_counted_of_encoder_and_decoder_each(tiny_t5, pairs, tokenizer, tmp_path):
+    """Six for each weight outside embeddings and each token that it meets; logged under transformers' name for it."""
+    rows = tokenize_pairs(load_from_disk(str(pairs))["train"], tokenizer, LENGTHS)[0]
+    model = EncoderDecoderRewardModel.from_seq2seq(str(tiny_t5), LENGTHS)
+    weights = {"encoder": 0, "decoder": 0}
+    for name, parameter in model.named_parameters():
+        part = next((part for part in weights if f".{part}." in name), None)
+        if part is not None and "embed_tokens" not in name and "relative_attention_bias" not in name:
+            weights[part] += parameter.numel()
+    assert 0 < weights["encoder"] < weights["decoder"]  # which also attends to the encoder
+    options = {"use_cpu": True, "report_to": [], "save_strategy": "no", "per_device_train_batch_size": 4}
+    given = transformers.TrainingArguments(str(tmp_path), max_steps=3, **options)
+    trainer, batches = RewardTrainer(model, given, rows, None, tokenizer), []
+    collate = trainer.data_collator
+    trainer.data_collator = lambda examples: batches.append(collate(examples)) or batches[-1]
+    trainer.train()
+    met = {
+        part: sum(batch[name].numel() for batch in batches[:3])
+        for part, name in (("encoder", "encoder_input_ids"), ("decoder", "input_ids"))
+    }
+    assert trainer.state.total_flos == 6 * sum(weights[part] * met[part] for part in weights)
 
 
 def test_padding_and_pair_layout():
