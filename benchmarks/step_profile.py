@@ -32,17 +32,21 @@ from torch.profiler import ProfilerActivity, profile  # noqa: E402
 from pipelines.memory import keep_freed_memory  # noqa: E402
 
 KINDS = {
-    "matrix products": r"aten::(add|b|badd)?mm|aten::addmv_?|aten::mv|aten::dot",
-    "attention kernels, softmax": r"aten::_scaled_dot|aten::_(log_)?softmax",
-    "copies, gathers, embedding": r"aten::(copy_|cat|gather|scatter|index|masked_s|embedding|fill_|zero_|masked_fill)",
-    "optimizer, gradient norm": r"aten::_(fused|foreach)|Optimizer|aten::linalg_vector_norm",
+    "matrix products": r"(add|b|badd)?mm|addmv|mv|dot",
+    "attention kernels, softmax": r"_scaled_dot_.+|_(log_)?softmax(_backward_data)?",
+    "copies, gathers, embedding": (
+        r"copy|cat|gather|scatter(_add)?|index|index_select|_index_put_impl|index_add|masked_scatter|masked_select|"
+        r"masked_fill|embedding|embedding_dense_backward|fill|zero"
+    ),
+    "optimizer, gradient norm": r"_fused_.+|_foreach_.+|linalg_vector_norm",
     "elementwise, sums": (
-        r"aten::(add|sub|mul|div|exp|log|neg|pow|sqrt|rsqrt|square|relu|threshold|clamp|where|sum|mean|amax|argmax|"
-        r"linalg_vecdot|cumsum|tanh|sigmoid|rand|bitwise|remainder|eq|ne|lt|gt|le|ge|max|min|log_sigmoid|any|all)"
+        r"add|sub|rsub|mul|div|remainder|exp|log|log1p|neg|pow|sqrt|rsqrt|square|relu|threshold_backward|clamp(_min)?|"
+        r"where|sum|mean|var|amax|max|min|argmax|argmin|cumsum|addcmul|addcdiv|abs|sign|tanh|sigmoid|"
+        r"log_sigmoid_(forward|backward)|logsumexp|random|normal|uniform|bitwise_.+|eq|ne|lt|gt|le|ge|any|all|isfinite|sort"
     ),
 }
-"""Kind -> pattern of its operations' names; the first that fits counts. All others are dispatch: views, allocations,
-and what autograd does around its functions."""
+"""Kind -> pattern of its operations' names, without ``aten::`` and a last underscore; the first that fits counts. All
+others are dispatch: views, allocations, and what autograd does around its functions."""
 DISPATCH, PYTHON = "views, allocation, autograd", "Python between operations"
 CASES = {
     "DPO, cached reference": {"method": "dpo", "cached": True, "samples": 1, "turns": 10},
@@ -78,7 +82,9 @@ class Watch:
 
 def kind_of(name: str) -> str:
     """The kind that an operation's time counts for."""
-    return next((kind for kind, pattern in KINDS.items() if re.match(pattern, name)), DISPATCH)
+    plain = name.removeprefix("aten::").rstrip("_")
+    fits = (kind for kind, pattern in KINDS.items() if name.startswith("aten::") and re.fullmatch(pattern, plain))
+    return next(fits, DISPATCH)
 
 
 def measured(case: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

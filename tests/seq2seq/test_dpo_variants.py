@@ -57,6 +57,11 @@ def make_trainer(model, folder, pairs, tokenizer, *, ref_model=None, peft_config
     return EncoderDecoderDPOTrainer(model, given, pairs, tokenizer, LENGTHS, **more)
 
 
+def away_from_reference(tiny_t5, folder, pairs, tokenizer, **fields):
+    """A trainer whose policy has moved: at the reference many of the losses agree."""
+    return make_trainer(moved(t5(tiny_t5)), folder, pairs, tokenizer, ref_model=t5(tiny_t5), **fields)
+
+
 def batch_of(trainer, count=6):
     return trainer.data_collator([trainer.train_dataset[i] for i in range(count)])
 
@@ -155,12 +160,11 @@ def test_each_loss_is_its_formula_on_plain_log_probs_and_trains(
     tiny_t5, pairs, tokenizer, tmp_path, loss_type, divergence
 ):
     smoothing = SMOOTHING if loss_type in ("exo_pair", "robust", "aot", "aot_unpaired") else 0.0
-    trainer = make_trainer(
-        moved(t5(tiny_t5)),
+    trainer = away_from_reference(
+        tiny_t5,
         tmp_path,
         pairs,
         tokenizer,
-        ref_model=t5(tiny_t5),
         loss_type=[loss_type],
         label_smoothing=smoothing,
         f_divergence_type=divergence,
@@ -182,9 +186,7 @@ def test_each_loss_is_its_formula_on_plain_log_probs_and_trains(
 @pytest.mark.parametrize("smoothing", [0.1, 0.4])
 def test_smoothed_labels_make_the_sigmoid_loss_that_of_cdpo(tiny_t5, pairs, tokenizer, tmp_path, smoothing):
     """Value and gradient, the smoothed loss on log-probabilities of the same model for comparison."""
-    trainer = make_trainer(
-        moved(t5(tiny_t5)), tmp_path, pairs, tokenizer, ref_model=t5(tiny_t5), label_smoothing=smoothing
-    )
+    trainer = away_from_reference(tiny_t5, tmp_path, pairs, tokenizer, label_smoothing=smoothing)
     assert trainer.args.loss_type == ["sigmoid"]
     batch, parameters = batch_of(trainer), list(trainer.model.parameters())
     reference = plain_log_probs(t5(tiny_t5), batch)[0].sum(1).float()
@@ -211,12 +213,11 @@ def test_labels_that_are_as_often_wrong_as_right_are_refused(tiny_t5, pairs, tok
 def test_smoothed_labels_beside_other_losses_and_divergences(tiny_t5, pairs, tokenizer, tmp_path):
     """All losses that read it share one ε; the others go on as they are; the weights are those that were given."""
     names, weights = ["sigmoid", "sft", "exo_pair"], [0.8, 0.3, 0.5]
-    trainer = make_trainer(
-        moved(t5(tiny_t5)),
+    trainer = away_from_reference(
+        tiny_t5,
         tmp_path,
         pairs,
         tokenizer,
-        ref_model=t5(tiny_t5),
         loss_type=names,
         loss_weights=weights,
         label_smoothing=SMOOTHING,
@@ -231,12 +232,11 @@ def test_smoothed_labels_beside_other_losses_and_divergences(tiny_t5, pairs, tok
 
 
 def test_a_list_of_losses_is_their_weighted_sum(tiny_t5, pairs, tokenizer, tmp_path):
-    trainer = make_trainer(
-        moved(t5(tiny_t5)),
+    trainer = away_from_reference(
+        tiny_t5,
         tmp_path,
         pairs,
         tokenizer,
-        ref_model=t5(tiny_t5),
         loss_type=["sigmoid", "sft"],
         loss_weights=[0.8, 0.3],
     )
